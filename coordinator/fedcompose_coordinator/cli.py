@@ -1,0 +1,12 @@
+"""`fedcompose coordinator`."""
+
+from __future__ import annotations
+
+import typer
+
+app = typer.Typer(no_args_is_help=True, help="Commands of a coordinator.")
+
+
+@app.callback()
+def _role() -> None:
+    pass
