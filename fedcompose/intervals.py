@@ -1,7 +1,7 @@
 """How sure a measured accuracy is: 95 % intervals that stay honest for a few hundred prompts.
 
 An accuracy is a share of right answers, so its interval is Wilson's. Two models are compared on the same
-prompts, so their difference gets the paired score interval of Tango, which leaves out 0 exactly when McNemar's
+prompts, so their difference gets the paired score interval of Tango, which leaves out 0 just when McNemar's
 test rejects. A mean over domains combines its parts' intervals (MOVER). A ratio such as the retention has no
 such formula; it is bootstrapped with a fixed seed. Every function takes 0/1 vectors or counts and gives an
 `Interval`; nothing here knows about models.
@@ -110,8 +110,8 @@ def retention(domains: Mapping[str, Ingredients]) -> tuple[dict[str, Interval | 
     """(composed - base) / (expert - base) for each domain, and the mean over the domains that have one.
 
     A domain whose expert is not better than the base has no retention: None. The intervals are percentile
-    bootstraps over prompts, domains drawn independently; draws in which the expert gains nothing are left out, so
-    an interval is only as good as the expert's gain is large.
+    bootstraps over prompts, domains drawn independently; draws in which the expert gains nothing are left out,
+    so an interval is only as good as the expert's gain is large.
     """
     rng = np.random.default_rng(BOOTSTRAP_SEED)
     draws: dict[str, NDArray[np.float64]] = {}
