@@ -110,8 +110,8 @@ def retention(domains: Mapping[str, Ingredients]) -> tuple[dict[str, Interval | 
     """(composed - base) / (expert - base) for each domain, and the mean over the domains that have one.
 
     A domain whose expert is not better than the base has no retention: None. The intervals are percentile
-    bootstraps over prompts, domains drawn independently; draws in which the expert gains nothing are left out,
-    so an interval is only as good as the expert's gain is large.
+    bootstraps over prompts, domains drawn independently. Draws in which the expert gains nothing are left
+    out, so an interval is only as good as the gain is large.
     """
     rng = np.random.default_rng(BOOTSTRAP_SEED)
     draws: dict[str, NDArray[np.float64]] = {}
