@@ -1,0 +1,100 @@
+"""Numbers: 1,000 = 1000 = 1000.0 = $1000, 6/8 = 3/4 = 0.75, and LaTeX through math-verify.
+
+Almost every completion of a training run holds a plain number, so those are compared as exact fractions
+within microseconds; only other forms reach math-verify. It is called without its timeouts, which rest on
+signals and so fail outside the main thread; instead only short expressions of bounded size are handed to it.
+"""
+
+from __future__ import annotations
+
+import re
+from fractions import Fraction
+from functools import lru_cache
+from typing import Any
+
+from fedcompose.tasks.answer_line import AnswerLine
+
+MAX_NUMBER_CHARS = 40
+MAX_LATEX_CHARS = 120
+_DIGITS = r"(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|\.\d+"
+_PLAIN = re.compile(
+    rf"[$€£]?(?P<sign>[-+−]?)[$€£]?(?P<number>{_DIGITS})(?:\s*/\s*(?P<below>\d+))?\s*(?P<percent>%?)"
+)
+_IN_TEXT = re.compile(rf"(?<![\w.])(?:[-−](?=[$€£]?[\d.]))?[$€£]?(?:{_DIGITS})(?:/\d+)?%?")
+# What math-verify may see: short numbers, operators, a few commands, one exponent of at most two digits.
+_LATEX = re.compile(
+    r"(?:\\(?:[dt]?frac|sqrt|pi|cdot|times|left|right|[,!%$])|sqrt|pi"
+    r"|\^\{?-?\d{1,2}\}?(?!\d)|\d{1,15}|[-+*/().,{}\s%$])+"
+)
+
+
+def read_number(text: str) -> str | None:
+    """A whole answer as canonical text: `12`, `0.5`, a reduced `a/b`, `50%`, or short LaTeX as it is."""
+    plain = _plain(text)
+    if plain is not None:
+        return plain
+    text = text.strip("$ ")
+    return text if _symbolic(text) else None
+
+
+def find_numbers(text: str) -> list[str]:
+    numbers = (_plain(match[0]) for match in _IN_TEXT.finditer(text))
+    return [number for number in numbers if number is not None]
+
+
+def same_number(left: str, right: str) -> bool:
+    """Whether two canonical numbers are equal; `50%` equals both `50` and `0.5`."""
+    if left == right:
+        return True
+    a, b = _values(left), _values(right)
+    if a and b:
+        return not a.isdisjoint(b)
+    return _equivalent(right, left)
+
+
+def _plain(text: str) -> str | None:
+    """The canonical text of an ordinary number, None for anything else."""
+    match = _PLAIN.fullmatch(text.strip()) if len(text) <= MAX_NUMBER_CHARS else None
+    if match is None or (match["below"] and int(match["below"]) == 0):
+        return None
+    number = match["number"].replace(",", "")
+    if match["below"]:
+        written = str(Fraction(number) / int(match["below"]))
+    else:
+        whole, _, decimals = number.partition(".")
+        written = f"{int(whole or 0)}.{decimals}".rstrip("0").rstrip(".") if decimals else str(int(whole))
+    sign = "-" if match["sign"] in ("-", "−") and written != "0" else ""
+    return f"{sign}{written}{match['percent']}"
+
+
+def _values(canonical: str) -> set[Fraction]:
+    number = canonical.removesuffix("%")
+    try:
+        value = Fraction(number)
+    except ValueError:
+        return set()
+    return {value} if number == canonical else {value, value / 100}
+
+
+@lru_cache(maxsize=4096)
+def _symbolic(text: str) -> tuple[Any, ...]:
+    """math-verify's reading of a short expression without variables; empty where it has none."""
+    if len(text) > MAX_LATEX_CHARS or not _LATEX.fullmatch(text) or not re.search(r"\d|pi", text):
+        return ()
+    if text.count("^") + text.count("**") > 1:
+        return ()
+    from math_verify import parse
+
+    return tuple(parse(f"${text}$", parsing_timeout=None))
+
+
+def _equivalent(gold: str, given: str) -> bool:
+    expected, got = _symbolic(gold), _symbolic(given)
+    if not expected or not got:
+        return False
+    from math_verify import verify
+
+    return bool(verify(list(expected), list(got), timeout_seconds=None))
+
+
+numeric = AnswerLine("numeric", "End with 'Answer: X'.", read_number, find_numbers, same_number)
