@@ -1,9 +1,9 @@
 """Reading a LoRA folder as if an enemy had written it, and writing it in one canonical form.
 
-PEFT lets an adapter's files choose code paths, run regular expressions, download models and overwrite base
-weights. So nothing a site wrote is ever handed to PEFT: the configuration is reduced to the handful of values
-below, every other key must say "off", and the tensors must be exactly those that this configuration implies, on
-modules of the base. What passes is written again from those values.
+PEFT lets an adapter's files choose code paths, run regular expressions, download models and overwrite
+base weights. So nothing a site wrote is ever handed to PEFT: the configuration is reduced to the handful of
+values below, every other key must say "off", and the tensors must be exactly those that this configuration
+implies, on modules of the base. What passes is written again from those values.
 
 No tensor library is needed: tensors stay bytes with a type and a shape, and numpy looks at their values.
 """
@@ -42,8 +42,8 @@ EMBEDDINGS = frozenset({"embed_tokens", "embed_positions", "word_embeddings", "w
 MODULE_NAME = re.compile(r"[A-Za-z0-9_]+(\.[A-Za-z0-9_]+)*")
 TENSOR_NAME = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<side>[AB])\.weight")
 
-# PEFT's other switches and the values that mean "off". Anything else, an unknown key included, is refused: new
-# PEFT versions add switches, and each one is harmless only after somebody has looked at it.
+# PEFT's other switches and the values that mean "off". Anything else, an unknown key included, is refused:
+# new PEFT versions add switches, and each one is harmless only after somebody has looked at it.
 NEUTRAL: dict[str, tuple[Any, ...]] = {
     "alora_invocation_tokens": (None,),
     "arrow_config": (None,),
@@ -201,8 +201,8 @@ def parse_adapter(
     """Check an adapter's two files, given as bytes, in full.
 
     With `base_shapes` the tensors must be exactly those the configuration implies on that base. Without (a
-    machine that has no base may still verify a signature chain) they must be complete, well-formed LoRA pairs on
-    targeted modules.
+    machine that has no base may still verify a signature chain) they must be complete, well-formed LoRA
+    pairs on targeted modules.
 
     Raises: RefusedError: `ADAPTER_UNSUPPORTED`, `ADAPTER_INVALID`, `SAFETENSORS_INVALID`, `ADAPTER_TENSORS`,
         `ADAPTER_NOT_FINITE`, `ADAPTER_TOO_STRONG`.
@@ -294,7 +294,7 @@ def canonical_config(adapter: Adapter) -> bytes:
 
 
 def canonical_safetensors(tensors: Mapping[str, StoredTensor]) -> bytes:
-    """A safetensors file with metadata `{"format": "pt"}`; wide types first, to stay aligned, then by name."""
+    """A safetensors file with metadata `{"format": "pt"}`; wide types first for alignment, then by name."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     position = 0
     parts: list[memoryview] = []
