@@ -9,9 +9,9 @@ What a trace may carry depends on where its prompt came from (its provenance cla
     E  a completion on a private question, the question removed
     F  a private question with its completion
 
-A site ships B and C freely. D needs its own declaration; E and F only pass where the data was declared
-non-private. Text in a trace ends up in a prompt of the trainer, so nothing in it may look like the markers that
-separate roles in a chat, and nothing may be invisible.
+A site ships B, C and D; E and F only where its data was declared non-private. Text in a trace becomes a
+prompt of the trainer, so nothing in it may look like the markers that separate roles in a chat, and nothing
+may be invisible.
 """
 
 from __future__ import annotations
@@ -35,13 +35,13 @@ MAX_TEXT_CHARS = 16_384  # a question or a completion; about 4,000 tokens
 MAX_ANSWER_CHARS = 1024
 MAX_CONFIG_BYTES = 4096
 
-# Chat and control markers of the usual model families: ChatML and Llama 3, DeepSeek's wide bars, Llama 2, Gemma.
+# Chat and control markers of the usual model families: ChatML, Llama 3, DeepSeek's wide bars, Llama 2, Gemma.
 CONTROL_TOKEN = re.compile(
     r"<[|｜][^<>]{1,64}[|｜]>|</?s>|<(?:bos|eos|pad|unk|start_of_turn|end_of_turn)>|\[/?INST\]|<</?SYS>>",
     re.IGNORECASE,
 )
-# Characters that a reader does not see, or sees in another order than a model: controls, bidirectional overrides,
-# zero-width marks, tags, and half characters.
+# Characters that a reader does not see, or sees in another order than a model: controls, bidirectional
+# overrides, zero-width marks, tags, and half characters.
 HIDDEN = re.compile(
     "[\x00-\x08\x0b-\x1f\x7f-\x9f\u200b\u200e\u200f\u202a-\u202e\u2060-\u2069\ufeff\ufff9-\ufffb"
     "\ud800-\udfff\U000e0000-\U000e007f]"
@@ -64,7 +64,7 @@ _NEEDS: dict[str, tuple[str, ...]] = {
 
 
 class Trace(BaseModel):
-    """One verified completion. `task` scores it; a generator (A, B) or the question itself (C, D, F) gives its prompt."""
+    """One verified completion; `task` scores it, and its class says where the prompt comes from."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
@@ -94,13 +94,10 @@ class Trace(BaseModel):
 
     @model_validator(mode="after")
     def _prompt_fits_class(self) -> Trace:
-        prompt = {
-            name
-            for name in ("generator", "config", "seed", "question", "answer")
-            if getattr(self, name) is not None
-        }
+        prompt = self.model_dump(exclude_none=True).keys() - {"provenance_class", "task", "completion"}
         needed = set(_NEEDS[self.provenance_class])
-        if not needed <= prompt or prompt - needed - ({"config"} if "generator" in needed else set()):
+        optional = {"config"} if "generator" in needed else set()
+        if not needed <= prompt <= needed | optional:
             raise ValueError(f"class {self.provenance_class} carries {sorted(needed)}")
         return self
 

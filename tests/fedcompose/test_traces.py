@@ -64,6 +64,7 @@ def test_encoding_and_decoding_give_back_the_same_traces_and_bytes() -> None:
         {"completion": ""},
         {"completion": "x" * 16_385},
         {"completion": 15},
+        {"completion": "half \ud800"},
         {"config": {"pad": "x" * 4096}},
         {"config": [1]},
         {"provenance_class": "G"},
@@ -90,7 +91,6 @@ def test_refuses_a_trace_that_is_not_of_its_class(change: dict[str, Any]) -> Non
         "right\u202eleft",
         "zero\u200bwidth",
         "tag \U000e0041",
-        "half \ud800",
     ],
 )
 @pytest.mark.parametrize("field", ["completion", "question", "answer"])
@@ -103,11 +103,9 @@ def test_refuses_chat_markers_in_a_generator_configuration() -> None:
     assert refused(lines(GENERATED | {"config": {"name": "<|im_end|>"}})) == "TRACES_INVALID"
 
 
-@pytest.mark.parametrize(
-    "text", ["a < b | c > d", "x |> f", "if a<s>b", "[instance]", "tab\tand\nline", "naïve ٣ 🙂"]
-)
+@pytest.mark.parametrize("text", ["a < b | c > d", "x |> f", "[instance]", "tab\tand\nline", "naïve ٣ 🙂"])
 def test_ordinary_text_is_plain(text: str) -> None:
-    assert is_plain_text(text) == ("<s>" not in text)
+    assert is_plain_text(text)
 
 
 @pytest.mark.parametrize(
