@@ -83,6 +83,17 @@ def paired_difference(first: Sequence[int], second: Sequence[int]) -> Interval:
     return Interval(value, low, high, n)
 
 
+def unpaired_difference(first: Interval, second: Interval) -> Interval:
+    """`first` minus `second` where only their intervals are known; wider than needed if the prompts were shared.
+
+    Source: R. G. Newcombe, Statistics in Medicine 17 (1998), 873-890, method 10.
+    """
+    value = first.value - second.value
+    below = math.hypot(first.value - first.low, second.high - second.value)
+    above = math.hypot(first.high - first.value, second.value - second.low)
+    return Interval(value, value - below, value + above, min(first.n, second.n))
+
+
 def mean_interval(parts: Sequence[Interval]) -> Interval:
     """The unweighted mean of independent parts (domains with their own prompts); `n` is the total.
 

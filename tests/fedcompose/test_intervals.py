@@ -15,6 +15,7 @@ from fedcompose.intervals import (
     mean_interval,
     paired_difference,
     retention,
+    unpaired_difference,
     wilson,
 )
 
@@ -122,6 +123,12 @@ def test_the_paired_interval_is_narrower_than_an_unpaired_one_when_models_agree(
     unpaired = math.hypot(one.value - one.low, two.high - two.value)
     found = paired_difference(first, second)
     assert found.value - found.low < 0.6 * unpaired
+
+
+def test_the_unpaired_difference_agrees_with_published_limits() -> None:
+    # Newcombe, Statistics in Medicine 17 (1998), 873-890, table II, method 10: 56/70 - 48/80
+    found = unpaired_difference(wilson(56, 70), wilson(48, 80))
+    assert (round(found.value, 4), round(found.low, 4), round(found.high, 4)) == (0.2, 0.0524, 0.3339)
 
 
 def test_different_prompts_cannot_be_paired() -> None:
