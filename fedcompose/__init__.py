@@ -1,3 +1,21 @@
 """Build one reasoning model together without pooling data."""
 
+from __future__ import annotations
+
+import importlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
 __version__ = "0.1.0"
+
+
+def load(path: Path | str, root_fingerprints: Sequence[str] = ()) -> tuple[Any, Any]:
+    """Verify the release in `path`, then load it: (transformers model, tokenizer), ready for `generate`.
+
+    Raises: RefusedError: when anything in the release is not what its signatures say; nothing is loaded then.
+            MissingError: when this machine lacks the release's base model.
+    """
+    # By name, so that importing fedcompose, or verifying, brings in no torch.
+    model, tokenizer = importlib.import_module("fedcompose.model.composed").load(path, root_fingerprints)
+    return model, tokenizer

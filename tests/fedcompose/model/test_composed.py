@@ -1,0 +1,266 @@
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+from fedcompose.bases import Base, resolve_base
+from fedcompose.errors import ConfigError, RefusedError
+from fedcompose.model import composed
+from fedcompose.model.experts import Expert, Update, load_expert
+from fedcompose.model.lm import load_base
+from fedcompose.model.router import FixedRouter, Router, UniformRouter
+from tests.tiny_experts import make_tiny_expert
+
+
+@pytest.fixture(scope="module")
+def experts(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """Three unlike experts: plain; rsLoRA without up_proj; another rank with patterns."""
+    folder = tmp_path_factory.mktemp("experts")
+    return [
+        make_tiny_expert(tiny_base, folder / "plain", seed=1),
+        make_tiny_expert(
+            tiny_base, folder / "rslora", seed=2, r=2, use_rslora=True,
+            target_modules=["gate_proj", "down_proj"],
+        ),
+        make_tiny_expert(
+            tiny_base, folder / "patterns", seed=3, r=6, lora_alpha=3, rank_pattern={"up_proj": 3},
+            alpha_pattern={"model.layers.1.mlp.down_proj": 9},
+        ),
+    ]  # fmt: skip
+
+
+@pytest.fixture
+def base(tiny_base: Path) -> Base:
+    return resolve_base(tiny_base)
+
+
+def _compose(base: Base, folders: list[Path], router: torch.nn.Module) -> Any:
+    model, _ = load_base(base.path, torch.float32)
+    return composed.compose_model(model, [load_expert(folder) for folder in folders], router)
+
+
+def _router(folders: list[Path]) -> Router:
+    """Large enough that every expert is chosen somewhere."""
+    router = Router(hidden=32, experts=len(folders), seed=5)
+    router.weight.data *= 50
+    return router.requires_grad_(False)
+
+
+def _ids(rows: int = 2, length: int = 9) -> torch.Tensor:
+    return torch.randint(3, 250, (rows, length), generator=torch.Generator().manual_seed(8))
+
+
+@torch.no_grad()
+def test_a_forced_expert_is_that_expert_as_peft_runs_it(base: Base, experts: list[Path]) -> None:
+    model = _compose(base, experts, _router(experts))
+    for index, folder in enumerate(experts):
+        alone = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base.path), folder)
+        with model.routing.using(FixedRouter(index, 3)):
+            logits = model(_ids()).logits
+
+        torch.testing.assert_close(logits, alone(_ids()).logits, rtol=0, atol=1e-5)
+
+
+@torch.no_grad()
+def test_the_uniform_router_is_the_average_of_the_deltas(base: Base, experts: list[Path]) -> None:
+    model = _compose(base, experts, UniformRouter(3))
+    merged, _ = load_base(base.path, torch.float32)
+    for folder in experts:
+        for name, update in load_expert(folder).updates.items():
+            merged.get_submodule(name).weight += update.delta() / 3
+
+    torch.testing.assert_close(model(_ids()).logits, merged(_ids()).logits, rtol=0, atol=1e-5)
+
+
+@torch.no_grad()
+def test_the_order_of_the_experts_matters_only_with_the_router_rows(base: Base, experts: list[Path]) -> None:
+    router = _router(experts)
+    permuted = Router(32, 3)
+    permuted.weight.data = router.weight[[2, 0, 1]]
+
+    logits = _compose(base, experts, router)(_ids()).logits
+    same = _compose(base, [experts[2], experts[0], experts[1]], permuted)(_ids()).logits
+    other = _compose(base, [experts[2], experts[0], experts[1]], router)(_ids()).logits
+
+    torch.testing.assert_close(logits, same, rtol=0, atol=1e-5)
+    assert (logits - other).abs().max() > 1e-3
+
+
+@torch.no_grad()
+def test_cached_generation_says_what_a_full_forward_says(base: Base, experts: list[Path]) -> None:
+    model = _compose(base, experts, _router(experts))
+    ids = _ids(rows=1)
+
+    written = model.generate(ids, max_new_tokens=12, do_sample=False, eos_token_id=-1)
+    for length in range(ids.shape[1], written.shape[1]):
+        assert model(written[:, :length]).logits[0, -1].argmax() == written[0, length]
+
+    with model.routing.recording() as cached:
+        model.generate(ids, max_new_tokens=12, do_sample=False, eos_token_id=-1)
+    with model.routing.recording() as whole:
+        model(written[:, :-1])
+    assert torch.equal(torch.cat(cached.choices, dim=-1), whole.choices[0])
+    assert whole.choices[0].unique().tolist() == [0, 1, 2]
+
+
+@torch.no_grad()
+def test_padding_changes_nothing(base: Base, experts: list[Path]) -> None:
+    model = _compose(base, experts, _router(experts))
+    ids, pad = _ids(rows=1), torch.zeros(1, 4, dtype=torch.long)
+    mask = torch.cat([torch.zeros_like(pad), torch.ones_like(ids)], dim=1)
+    alone = model(ids).logits
+
+    left = model(
+        torch.cat([pad, ids], 1), attention_mask=mask, position_ids=(mask.cumsum(1) - 1).clamp(0)
+    ).logits
+    right = model(torch.cat([ids, pad], 1), attention_mask=mask.flip(1)).logits
+
+    torch.testing.assert_close(left[:, 4:], alone, rtol=0, atol=1e-5)
+    torch.testing.assert_close(right[:, :-4], alone, rtol=0, atol=1e-5)
+
+
+def test_the_router_is_registered_once_and_is_all_that_can_be_trained(
+    base: Base, experts: list[Path]
+) -> None:
+    model = _compose(base, experts, Router(32, 3))
+
+    trainable = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+    assert trainable == {"router.weight"}
+    assert [key for key in model.state_dict() if "router" in key] == ["router.weight"]
+
+
+@torch.no_grad()
+def test_a_block_without_experts_is_left_alone(base: Base, experts: list[Path]) -> None:
+    whole = load_expert(experts[0])
+    upper = {name: update for name, update in whole.updates.items() if name.startswith("model.layers.1.")}
+    model, _ = load_base(base.path, torch.float32)
+    composed.compose_model(model, [Expert("upper", upper)], Router(32, 1))
+
+    with model.routing.recording() as record:
+        model(_ids())
+
+    assert type(model.get_submodule("model.layers.0.mlp")).__name__ == "LlamaMLP"
+    assert tuple(record.choices[0].shape) == (1, 2, 9)
+
+
+def test_refuses_an_expert_outside_the_routed_blocks(tiny_base: Path, base: Base, tmp_path: Path) -> None:
+    folder = make_tiny_expert(tiny_base, tmp_path / "attention", target_modules=["q_proj", "up_proj"])
+
+    with pytest.raises(RefusedError, match="not routed") as refusal:
+        _compose(base, [folder], Router(32, 1))
+    assert refusal.value.code == "COMPOSE_TARGETS"
+
+
+def test_refuses_an_expert_of_another_width(base: Base) -> None:
+    name = "model.layers.0.mlp.up_proj"
+    stranger = Expert("stranger", {name: Update(torch.zeros(4, 16), torch.zeros(64, 4), 1.0)})
+    model, _ = load_base(base.path)
+
+    with pytest.raises(RefusedError) as refusal:
+        composed.compose_model(model, [stranger], Router(32, 1))
+    assert refusal.value.code == "COMPOSE_SHAPES"
+
+
+def test_says_when_a_base_has_no_block_to_route(experts: list[Path]) -> None:
+    with pytest.raises(ConfigError) as error:
+        composed.compose_model(torch.nn.Sequential(torch.nn.Linear(2, 2)), [], Router(2, 1))
+    assert error.value.code == "COMPOSE_NO_BLOCKS"
+
+
+def _trained(base: Base, experts: list[Path]) -> Any:
+    """A composed model with an attention LoRA that does something, as training leaves it."""
+    model, _ = load_base(base.path, torch.float32)
+    for index, weight in enumerate(composed.add_attention(model, rank=3, alpha=6, seed=0)):
+        weight.data = 0.2 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(index))
+    return composed.compose_model(model, [load_expert(folder) for folder in experts], _router(experts))
+
+
+def _save(model: Any, folder: Path) -> Path:
+    composed.save_router(folder / composed.ROUTER_FILE, model.router)
+    composed.save_attention(folder / composed.ATTENTION_FOLDER, model)
+    return folder
+
+
+@torch.no_grad()
+def test_saved_and_assembled_again_it_says_the_same(base: Base, experts: list[Path], tmp_path: Path) -> None:
+    model = _trained(base, experts)
+    again, _ = composed.assemble(base, experts, _save(model, tmp_path), torch.float32)
+
+    torch.testing.assert_close(again(_ids()).logits, model(_ids()).logits, rtol=0, atol=1e-5)
+    assert torch.equal(again.router.weight, model.router.weight)
+
+
+@torch.no_grad()
+def test_the_attention_folder_is_a_plain_peft_adapter(base: Base, tmp_path: Path) -> None:
+    model = _trained(base, [])
+    folder = _save(model, tmp_path) / composed.ATTENTION_FOLDER
+
+    alone = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base.path), folder)
+
+    torch.testing.assert_close(alone(_ids()).logits, model(_ids()).logits, rtol=0, atol=1e-5)
+
+
+def test_the_attention_lora_is_float32_on_a_bfloat16_base_and_repeats_with_its_seed(base: Base) -> None:
+    model, again = (load_base(base.path, torch.bfloat16)[0] for _ in range(2))
+    torch.manual_seed(1)
+    first = composed.add_attention(model, rank=2, alpha=4, seed=0)
+    torch.manual_seed(2)
+    second = composed.add_attention(again, rank=2, alpha=4, seed=0)
+
+    assert {parameter.dtype for parameter in first} == {torch.float32} and len(first) == 2 * 4 * 2
+    assert all(torch.equal(one, other) for one, other in zip(first, second, strict=True))
+    assert model(_ids()).logits.dtype == torch.bfloat16
+
+
+def test_refuses_a_router_of_another_shape_or_with_a_hole(tmp_path: Path) -> None:
+    router = Router(hidden=8, experts=2)
+    composed.save_router(tmp_path / "good", router)
+    router.weight.data[0, 0] = float("nan")
+    composed.save_router(tmp_path / "nan", router)
+    (tmp_path / "junk").write_bytes(b"junk")
+
+    assert composed.load_router(tmp_path / "good", 2, 8).weight.shape == (2, 8)
+    for name, experts in (("good", 3), ("nan", 2), ("junk", 2)):
+        with pytest.raises(RefusedError) as refusal:
+            composed.load_router(tmp_path / name, experts, 8)
+        assert refusal.value.code == "ROUTER_INVALID"
+
+
+def test_refuses_an_attention_lora_that_changes_the_mlp(base: Base, experts: list[Path]) -> None:
+    model, _ = load_base(base.path)
+
+    with pytest.raises(RefusedError) as refusal:
+        composed.merge_attention(model, experts[0])
+    assert refusal.value.code == "COMPOSE_TARGETS"
+
+
+@torch.no_grad()
+def test_loads_a_verified_release_only_on_its_own_base(
+    base: Base, experts: list[Path], tmp_path: Path
+) -> None:
+    model = _trained(base, experts)
+    _save(model, tmp_path)
+    for site, folder in zip("abc", experts, strict=True):
+        shutil.copytree(folder, tmp_path / "ingredients" / site)
+    composition = {
+        "base": {"name": str(base.path), "dirHash": base.digest},
+        "experts": [{"site": site} for site in "abc"],
+    }
+    release = SimpleNamespace(path=tmp_path, composition=composition)
+
+    loaded, tokenizer = composed.load_release(release, torch.float32)
+    torch.testing.assert_close(loaded(_ids()).logits, model(_ids()).logits, rtol=0, atol=1e-5)
+    assert tokenizer.eos_token == "<|im_end|>"
+
+    composition["base"]["dirHash"] = "0" * 64
+    with pytest.raises(RefusedError) as refusal:
+        composed.load_release(release)
+    assert refusal.value.code == "BASE_MISMATCH"

@@ -1,0 +1,25 @@
+"""Random experts for the tiny base, made by PEFT itself."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from fedcompose.model.experts import TARGETS
+
+
+def make_tiny_expert(base: Path, folder: Path, seed: int = 0, strength: float = 0.3, **options: Any) -> Path:
+    """A PEFT folder whose A and B are random, so that the expert visibly changes the base."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    settings: dict[str, Any] = {"r": 4, "lora_alpha": 8, "target_modules": list(TARGETS), **options}
+    settings.setdefault("task_type", "CAUSAL_LM")
+    generator = torch.Generator().manual_seed(seed)
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), LoraConfig(**settings))
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            parameter.data = strength * torch.randn(parameter.shape, generator=generator)
+    model.save_pretrained(folder)
+    return folder
