@@ -1,0 +1,326 @@
+"""Make, protect and load a signing key: P-256, in a file that OpenSSL opens too.
+
+Input: an identity (`site-a`, a site) and a passphrase. Output: three files, `site-a.key` (private, stays
+here), `site-a.pub` and `site-a.enroll.json` (both to be handed to whoever keeps the federation file). The
+enrolment is signed with the new key, which proves that whoever asks to be enrolled holds it.
+
+A protected key is PKCS#8 with scrypt and AES-256. `cryptography` reads that form but writes only PBKDF2 with
+2,048 rounds, which is too few, so the lines that write it are here. Signing keys serve no other purpose:
+transport has its own.
+"""
+
+from __future__ import annotations
+
+import binascii
+import getpass
+import os
+import secrets
+import stat
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Literal
+
+from cryptography.exceptions import UnsupportedAlgorithm
+from cryptography.hazmat.primitives import padding, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
+from cryptography.hazmat.primitives.kdf.scrypt import Scrypt
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from fedcompose.errors import ConfigError, RefusedError
+from fedcompose.files import disk_errors, dump_json, parse_json, write_atomic
+from fedcompose.signing import (
+    keyid_of,
+    load_public_key,
+    public_pem_of,
+    read_envelope_unverified,
+    sign_envelope,
+    signature_hash,
+    verify_envelope,
+)
+
+ENROLMENT_TYPE = "application/vnd.fedcompose.enrolment.v1+json"
+PASSPHRASE_FILE_VARIABLE = "FEDCOMPOSE_PASSPHRASE_FILE"  # noqa: S105 - names a variable that names a file
+
+# The strongest scrypt that OpenSSL 3.0 opens under its default memory limit of 32 MiB: 16 MiB, a fifth of a
+# second.
+SCRYPT_N, SCRYPT_R, SCRYPT_P = 1 << 14, 8, 5
+MAX_KEY_FILE_BYTES = 16_384
+MAX_PASSPHRASE_BYTES = 1024
+
+Role = Literal["site", "coordinator", "root"]
+# Names of sites, coordinators, roots and domains end up in file names and on terminals.
+Identifier = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]{0,62}\z")]
+
+
+class Enrolment(BaseModel):
+    """What a new key asks for: to be known as `id`, in this role."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    schema_: Literal["fedcompose/enrolment/v1"] = Field(alias="schema")
+    id: Identifier
+    role: Role
+    domain: Identifier | None = None
+    public_key: str
+
+    @model_validator(mode="after")
+    def _only_sites_have_a_domain(self) -> Enrolment:
+        if (self.domain is not None) != (self.role == "site"):
+            raise ValueError("a site has a domain, and nobody else has one")
+        return self
+
+
+@dataclass(frozen=True)
+class FileSigner:
+    """A private key read from a file. Satisfies `signing.Signer`."""
+
+    keyid: str
+    public_pem: bytes
+    _key: ec.EllipticCurvePrivateKey = field(repr=False)
+
+    def sign(self, data: bytes) -> bytes:
+        """ECDSA without a random number that could fail: the same bytes give the same signature."""
+        algorithm = ec.ECDSA(signature_hash(self._key.public_key()), deterministic_signing=True)
+        return self._key.sign(data, algorithm)
+
+
+@dataclass(frozen=True)
+class NewKey:
+    """Where a new key was written, and the fingerprint to read out on the phone."""
+
+    keyid: str
+    private: Path
+    public: Path
+    enrolment: Path
+
+
+def new_key(folder: Path, holder: str, role: Role, domain: str | None, passphrase: bytes | None) -> NewKey:
+    """Make a key for `holder` in `folder`; without a passphrase only the file's mode protects it.
+
+    Raises: ConfigError: `KEY_NAME`, `KEY_EXISTS` (a key is never overwritten), `KEY_FOLDER_OPEN`.
+    """
+    key = ec.generate_private_key(ec.SECP256R1())
+    signer = _signer(key)
+    enrolment = sign_envelope(_new_enrolment(holder, role, domain, signer), ENROLMENT_TYPE, [signer])
+    private, public, request = (folder / f"{holder}.{ending}" for ending in ("key", "pub", "enroll.json"))
+    for path in (private, public, request):
+        if os.path.lexists(path):
+            raise ConfigError("KEY_EXISTS", f"{path} exists", fix="choose another name or folder")
+    _private_folder(folder)
+    with disk_errors(folder):
+        _write_private(private, _private_pem(key, passphrase))
+    try:
+        write_atomic(public, signer.public_pem)
+        write_atomic(request, enrolment)
+    except BaseException:  # nobody has seen this key yet, and half of it is of no use
+        for path in (private, public):
+            path.unlink(missing_ok=True)
+        raise
+    return NewKey(signer.keyid, private, public, request)
+
+
+def read_enrolment(envelope: bytes) -> Enrolment:
+    """An enrolment whose sender holds the private key that it names.
+
+    Raises: RefusedError: `ENROLMENT_INVALID`, or an `ENVELOPE_*` or `KEY_UNUSABLE` code when the proof fails.
+    """
+    claimed = _parse_enrolment(read_envelope_unverified(envelope, ENROLMENT_TYPE))
+    public_pem = public_key_bytes(claimed.public_key)
+    verified = verify_envelope(envelope, ENROLMENT_TYPE, {keyid_of(public_pem): public_pem})
+    return _parse_enrolment(verified.payload)
+
+
+def public_key_bytes(text: str) -> bytes:
+    """The bytes of a public key that a JSON document carries as text, known to be a usable key.
+
+    Raises: RefusedError: `KEY_UNUSABLE`.
+    """
+    public_pem = text.encode(
+        "ascii", "replace"
+    )  # what is not ASCII is not canonical PEM and fails the next line
+    load_public_key(public_pem)
+    return public_pem
+
+
+def load_signer(path: Path, passphrase_file: Path | None = None) -> FileSigner:
+    """The key in `path`. A protected one takes its passphrase as `given_passphrase` says.
+
+    Raises: ConfigError: `KEY_MISSING`, `KEY_EXPOSED` (others may read the file), `KEY_UNREADABLE`,
+        `PASSPHRASE_*`.
+    """
+    pem = _read_private(path)
+    protected = b"ENCRYPTED" in pem.split(b"\n", 1)[0]
+    passphrase = None
+    if protected:
+        passphrase = given_passphrase(passphrase_file, lambda: _ask(f"Passphrase of {path.name}: "))
+    try:
+        key = serialization.load_pem_private_key(pem, passphrase)
+    except (ValueError, TypeError, UnsupportedAlgorithm) as error:
+        if protected:
+            raise ConfigError("PASSPHRASE_WRONG", f"the passphrase does not open {path}") from error
+        raise ConfigError("KEY_UNREADABLE", f"{path} is not a private key in PEM form") from error
+    if not isinstance(key, ec.EllipticCurvePrivateKey) or key.curve.name not in ("secp256r1", "secp384r1"):
+        raise ConfigError(
+            "KEY_UNREADABLE", f"{path} is another kind of key", expected="ECDSA on P-256 or P-384"
+        )
+    return _signer(key)
+
+
+def given_passphrase(passphrase_file: Path | None, ask: Callable[[], str]) -> bytes:
+    """The passphrase from a file (an option, or FEDCOMPOSE_PASSPHRASE_FILE), or else from a person.
+
+    A file is the weaker choice: whoever reads it and the key has both. A command line never carries one.
+
+    Raises: ConfigError: `PASSPHRASE_UNREADABLE`, `PASSPHRASE_EMPTY`.
+    """
+    named = os.environ.get(PASSPHRASE_FILE_VARIABLE)
+    path = passphrase_file or (Path(named) if named else None)
+    if path is None:
+        passphrase = ask().encode()
+    else:
+        try:
+            with path.open("rb") as stream:
+                passphrase = stream.read(MAX_PASSPHRASE_BYTES).rstrip(b"\r\n")
+        except OSError as error:
+            raise ConfigError("PASSPHRASE_UNREADABLE", f"cannot read {path}", got=error.strerror) from error
+    if not passphrase:
+        raise ConfigError("PASSPHRASE_EMPTY", "the passphrase is empty")
+    return passphrase
+
+
+def _ask(prompt: str) -> str:
+    if not sys.stdin.isatty():
+        raise ConfigError(
+            "PASSPHRASE_NEEDED",
+            "this key needs a passphrase, and there is nobody to ask for it",
+            fix=f"name a file that holds it: --passphrase-file FILE, or {PASSPHRASE_FILE_VARIABLE}=FILE",
+        )
+    return getpass.getpass(prompt)
+
+
+def _signer(key: ec.EllipticCurvePrivateKey) -> FileSigner:
+    public_pem = public_pem_of(key.public_key())
+    return FileSigner(keyid_of(public_pem), public_pem, key)
+
+
+def _new_enrolment(holder: str, role: Role, domain: str | None, signer: FileSigner) -> bytes:
+    try:
+        enrolment = Enrolment(
+            schema="fedcompose/enrolment/v1",
+            id=holder,
+            role=role,
+            domain=domain,
+            public_key=signer.public_pem.decode(),
+        )
+    except ValidationError as error:
+        raise ConfigError(
+            "KEY_NAME",
+            f"cannot make a key for this {role}",
+            expected="names of small letters, digits, - and _; a domain for a site, and for nobody else",
+            got="; ".join(problem["msg"] for problem in error.errors()),
+        ) from error
+    return dump_json(enrolment.model_dump(by_alias=True, exclude_none=True))
+
+
+def _parse_enrolment(payload: bytes) -> Enrolment:
+    try:
+        return Enrolment.model_validate(parse_json(payload, "the enrolment"))
+    except ValidationError as error:
+        reason = error.errors()[0]["msg"]
+        raise RefusedError("ENROLMENT_INVALID", "not an enrolment of this version", got=reason) from error
+
+
+# --- the private file -----------------------------------------------------------------------------
+
+
+def _private_folder(folder: Path) -> None:
+    """Make `folder` for its owner alone, or make sure that nobody else can put files into an existing one."""
+    with disk_errors(folder):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(mode=0o700, exist_ok=True)
+    if folder.stat().st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        raise ConfigError("KEY_FOLDER_OPEN", f"others may write into {folder}", fix=f"chmod 700 {folder}")
+
+
+def _write_private(path: Path, pem: bytes) -> None:
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+    with os.fdopen(descriptor, "wb") as stream:
+        stream.write(pem)
+        stream.flush()
+        os.fsync(stream.fileno())
+
+
+def _read_private(path: Path) -> bytes:
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError as error:
+        raise ConfigError(
+            "KEY_MISSING",
+            f"cannot read the key {path}",
+            got=error.strerror,
+            fix="name another file, or make a key: fedcompose keys new --help",
+        ) from error
+    with os.fdopen(descriptor, "rb") as stream:
+        if os.fstat(descriptor).st_mode & 0o077:
+            raise ConfigError(
+                "KEY_EXPOSED", f"others may use the private key {path}", fix=f"chmod 600 {path}"
+            )
+        return stream.read(MAX_KEY_FILE_BYTES)
+
+
+def _private_pem(key: ec.EllipticCurvePrivateKey, passphrase: bytes | None) -> bytes:
+    plain, pkcs8 = serialization.NoEncryption(), serialization.PrivateFormat.PKCS8
+    if passphrase is None:
+        return key.private_bytes(serialization.Encoding.PEM, pkcs8, plain)
+    return _protected_pem(key.private_bytes(serialization.Encoding.DER, pkcs8, plain), passphrase)
+
+
+def _protected_pem(pkcs8: bytes, passphrase: bytes) -> bytes:
+    """PKCS#8 `EncryptedPrivateKeyInfo`: PBES2 with scrypt and AES-256-CBC.
+
+    Source: RFC 5958 section 3, RFC 8018 appendix A.4, RFC 7914 section 7.
+    """
+    salt, iv = secrets.token_bytes(16), secrets.token_bytes(16)
+    secret = Scrypt(salt=salt, length=32, n=SCRYPT_N, r=SCRYPT_R, p=SCRYPT_P).derive(passphrase)
+    padder, encryptor = padding.PKCS7(128).padder(), Cipher(algorithms.AES(secret), modes.CBC(iv)).encryptor()
+    ciphertext = encryptor.update(padder.update(pkcs8) + padder.finalize()) + encryptor.finalize()
+    scrypt = _sequence(
+        _oid("2b06010401da47040b"),  # 1.3.6.1.4.1.11591.4.11
+        _sequence(_octets(salt), _integer(SCRYPT_N), _integer(SCRYPT_R), _integer(SCRYPT_P)),
+    )
+    aes = _sequence(_oid("60864801650304012a"), _octets(iv))  # 2.16.840.1.101.3.4.1.42
+    pbes2 = _sequence(_oid("2a864886f70d01050d"), _sequence(scrypt, aes))  # 1.2.840.113549.1.5.13
+    return _pem("ENCRYPTED PRIVATE KEY", _sequence(pbes2, _octets(ciphertext)))
+
+
+def _pem(label: str, der: bytes) -> bytes:
+    text = binascii.b2a_base64(der, newline=False)
+    lines = [text[start : start + 64] for start in range(0, len(text), 64)]
+    return b"\n".join([f"-----BEGIN {label}-----".encode(), *lines, f"-----END {label}-----".encode(), b""])
+
+
+def _der(tag: int, content: bytes) -> bytes:
+    """Tag, length, content; the length in one byte below 128, else after the number of its bytes."""
+    size = len(content)
+    octets = size.to_bytes((size.bit_length() + 7) // 8, "big")
+    length = bytes([size]) if size < 128 else bytes([0x80 | len(octets)]) + octets
+    return bytes([tag]) + length + content
+
+
+def _sequence(*items: bytes) -> bytes:
+    return _der(0x30, b"".join(items))
+
+
+def _octets(data: bytes) -> bytes:
+    return _der(0x04, data)
+
+
+def _integer(value: int) -> bytes:
+    return _der(0x02, value.to_bytes(value.bit_length() // 8 + 1, "big"))
+
+
+def _oid(encoded_hex: str) -> bytes:
+    return _der(0x06, bytes.fromhex(encoded_hex))
