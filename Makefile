@@ -1,0 +1,74 @@
+# Everything a person types here. PYTHON chooses the interpreter (3.11 or newer), VENV the environment.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+INTEROP := .venv-interop
+PROJECTS := pyproject.toml client/pyproject.toml coordinator/pyproject.toml
+
+# Waiting OpenMP threads must not spin: tests and demo run several processes on the same cores.
+export OMP_WAIT_POLICY := PASSIVE
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test check format docs wheels interop lock clean
+
+help:  ## this list
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## */  make \1\t/' | expand -t 18
+
+install: $(VENV)/.installed  ## an environment in .venv with all three distributions, editable, and the tools
+
+$(VENV)/.python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+	  || { echo "fedcompose needs Python 3.11 or newer: make PYTHON=/path/to/python3 $(MAKECMDGOALS)"; exit 3; }
+	$(PYTHON) -m venv $(VENV)
+	@touch $@
+
+# torch first and by itself: where an index offers a CPU build, this line takes it. Builds are not isolated, so that
+# they use the pinned hatchling as well. `pip install --quiet` still prints what goes wrong.
+$(VENV)/.installed: $(VENV)/.python $(PROJECTS) constraints.txt
+	@echo "Installing into $(VENV) (two to four minutes the first time)"
+	@$(PIP) install --quiet -c constraints.txt torch hatchling editables
+	@$(PIP) install --quiet -c constraints.txt --no-build-isolation \
+	  -e '.[model,serve,reasoning-gym,dev]' -e ./client -e ./coordinator
+	@touch $@
+
+demo: install  ## three sites, one coordinator, a signed release, on this machine (about 15 minutes)
+	$(BIN)/fedcompose demo $(DEMO)
+
+test: install interop  ## all tests (about five minutes)
+	FEDCOMPOSE_INTEROP_PYTHON=$(CURDIR)/$(INTEROP)/bin/python $(BIN)/python -m pytest $(TESTS)
+
+check: install  ## lint, format, types, import contracts, and whether the generated docs are fresh
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	$(BIN)/lint-imports --no-logo
+	$(BIN)/python docs/make_cli.py --check
+
+format: install  ## let ruff format and fix
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+docs: install  ## write docs/cli.md from --help
+	$(BIN)/python docs/make_cli.py
+
+wheels: install  ## the three wheels, in dist/
+	rm -rf dist
+	@for project in . ./client ./coordinator; do \
+	  $(PIP) wheel --quiet --no-deps --no-build-isolation --wheel-dir dist $$project || exit 1; done
+	@ls dist
+
+interop: $(INTEROP)/.installed  ## OpenSSF's own verifier, in an environment of its own, for the tests
+
+$(INTEROP)/.installed: tests/interop-requirements.txt
+	$(PYTHON) -m venv $(INTEROP)
+	@$(INTEROP)/bin/python -m pip --disable-pip-version-check install --quiet -r tests/interop-requirements.txt
+	@touch $@
+
+lock: install  ## write constraints.txt from what .venv holds
+	@head -2 constraints.txt > constraints.new
+	@$(PIP) freeze --exclude-editable | sed -E 's/^(torch==[0-9.]+).*/\1/' >> constraints.new
+	@mv constraints.new constraints.txt
+
+clean:  ## remove the environments, caches and built files; the base model in ~/.fedcompose stays
+	rm -rf $(VENV) $(INTEROP) dist build demo .mypy_cache .ruff_cache .pytest_cache .import_linter_cache
