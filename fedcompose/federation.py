@@ -243,10 +243,14 @@ def enrol(envelope: bytes, enrolment: bytes, root: Signer, now: datetime) -> byt
     An expired file can be continued: the root's own signature is on it.
 
     Raises: RefusedError: when either document fails its checks. ConfigError: `ENROLMENT_ROLE`,
-        `FEDERATION_SIGNERS` (one signature would not do), `FEDERATION_INPUT` (say, an id or key already in
-        use).
+        `FEDERATION_SIGNERS` (not a root's key, or too few of them), `FEDERATION_INPUT` (say, an id or key
+        already in use).
     """
     payload, federation, signed = _open(envelope)
+    if root.keyid not in {known.keyid for known in federation.roots}:
+        raise ConfigError(
+            "FEDERATION_SIGNERS", "that key is no root of this federation", got=f"key {root.keyid}"
+        )
     _check_given(federation, signed, [root.keyid])
     document = federation.model_dump(mode="json", by_alias=True) | {
         "version": federation.version + 1,
@@ -436,6 +440,14 @@ class _TrustState(_Document):
     federations: dict[FederationId, Pin]
 
 
+def pinned(federation_id: str) -> Pin | None:
+    """What this machine last believed of a federation, if anything.
+
+    Raises: ConfigError: `TRUST_STATE_INVALID`.
+    """
+    return _read_trust_state(_trust_state_path()).get(federation_id)
+
+
 def _check_pin(pin: Pin, federation: Federation, signed: frozenset[str], sha256: str) -> None:
     if federation.version < pin.version:
         raise RefusedError(
@@ -466,7 +478,7 @@ def _check_pin(pin: Pin, federation: Federation, signed: frozenset[str], sha256:
 @contextmanager
 def _trust_state() -> Iterator[dict[str, Pin]]:
     """The pins by federation id; what the block changes is written if it ends well. One process at a time."""
-    path = Path(os.environ.get("FEDCOMPOSE_HOME") or Path.home() / ".fedcompose") / "trust-state.json"
+    path = _trust_state_path()
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     with path.with_suffix(".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -476,6 +488,10 @@ def _trust_state() -> Iterator[dict[str, Pin]]:
         if pins != before:
             state = _TrustState(schema="fedcompose/trust-state/v1", federations=pins)
             write_json(path, state.model_dump(mode="json", by_alias=True))
+
+
+def _trust_state_path() -> Path:
+    return Path(os.environ.get("FEDCOMPOSE_HOME") or Path.home() / ".fedcompose") / "trust-state.json"
 
 
 def _read_trust_state(path: Path) -> dict[str, Pin]:

@@ -220,7 +220,7 @@ def _new_enrolment(holder: str, role: Role, domain: str | None, signer: FileSign
             "KEY_NAME",
             f"cannot make a key for this {role}",
             expected="names of small letters, digits, - and _; a domain for a site, and for nobody else",
-            got="; ".join(problem["msg"] for problem in error.errors()),
+            got="; ".join(problem["msg"].removeprefix("Value error, ") for problem in error.errors()),
         ) from error
     return dump_json(enrolment.model_dump(by_alias=True, exclude_none=True))
 
