@@ -1,0 +1,286 @@
+"""What a site and the coordinator say to each other over Flower, and the only module of the library that
+imports it.
+
+Three actions, no others: `call` (here is what the coordinator asks for), `status` (how far are you),
+`contribution` (give me these bytes of your signed folders). A contribution is one stream: its files in a
+fixed order, one after the other. The coordinator asks for a window of the stream; both sides compute from
+`plan` which bytes of which files that is, so that a reply can only hold what was asked for, and memory does
+not grow with the size of an adapter.
+
+Everything decoded here is hostile: names come from closed lists, numbers have limits, and nothing is a path.
+What the bytes mean is for intake to check; here they only have to be the bytes that were announced.
+
+Flower reads its switches when it is imported, so they are set here, before the import below. Both roles take
+Flower's names from this module for that reason.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal, TypeVar, get_args
+
+from fedcompose.errors import RefusedError
+
+FLOWER_ENVIRONMENT = {
+    "FLWR_TELEMETRY_ENABLED": "0",
+    "FLWR_DISABLE_UPDATE_CHECK": "1",
+    "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",  # else a SuperLink would fetch packages
+}
+
+
+def flower_environment() -> dict[str, str]:
+    """The switches every process that runs Flower needs: no telemetry, no update check, a private home."""
+    home = Path(os.environ.get("FEDCOMPOSE_HOME") or Path.home() / ".fedcompose")
+    return {**FLOWER_ENVIRONMENT, "FLWR_HOME": os.environ.get("FLWR_HOME") or str(home / "flower")}
+
+
+os.environ.update(flower_environment())
+
+from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Error, Message, RecordDict  # noqa: E402
+from flwr.clientapp import ClientApp  # noqa: E402
+from flwr.common.constant import ErrorCode  # noqa: E402
+from flwr.proto.node_pb2 import NodeInfo  # noqa: E402
+from flwr.serverapp import Grid, ServerApp  # noqa: E402
+from flwr.supercore.run import Run  # noqa: E402
+from flwr.supercore.task_identity import TaskIdentity  # noqa: E402
+
+# ErrorCode, NodeInfo, Run and TaskIdentity are internals of Flower 1.41; no others are used anywhere.
+__all__ = [
+    "ArrayRecord",
+    "ClientApp",
+    "ConfigRecord",
+    "Context",
+    "Error",
+    "ErrorCode",
+    "Grid",
+    "Message",
+    "NodeInfo",
+    "RecordDict",
+    "Run",
+    "ServerApp",
+    "TaskIdentity",
+]  # fmt: skip
+
+Action = Literal["call", "status", "contribution"]
+State = Literal["idle", "training", "trained", "ready"]
+ACTIONS: tuple[Action, ...] = get_args(Action)
+STATES: tuple[State, ...] = get_args(State)
+
+CONTRIBUTION_FILES: Mapping[str, tuple[str, ...]] = {
+    "adapter": ("adapter_config.json", "adapter_model.safetensors", "model.sig", "provenance.json"),
+    "traces": ("model.sig", "provenance.json", "traces.jsonl"),
+}
+OPTIONAL_FILES: Mapping[str, tuple[str, ...]] = {"adapter": ("README.md",), "traces": ()}
+
+MAX_PART_BYTES = 4 * 1024**3
+MAX_STREAM_BYTES = 16 * 1024**3
+WINDOW_BYTES = 32 * 1024**2  # per reply; Flower holds a message about four times over on its way
+MAX_TEXT_CHARS = 256
+MAX_STEPS = 10**9
+MAX_ETA_S = 366 * 24 * 3600
+NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,62}")  # of a site, a domain or a call: never a path
+CODE = re.compile(r"[A-Z][A-Z0-9_]{2,63}")
+SHA256 = re.compile(r"[0-9a-f]{64}")
+RAW = "fedcompose.raw"  # Flower's `stype`: these are bytes, not a serialised array
+ACCEPTED = "ACCEPTED"
+
+
+@dataclass(frozen=True)
+class Part:
+    """One file of a contribution, named `<kind>/<file>`."""
+
+    name: str
+    size: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Status:
+    """How far a site is with one domain; `eta_s` and the steps are -1 where it does not know."""
+
+    state: State
+    step: int = -1
+    steps: int = -1
+    eta_s: int = -1
+
+
+@dataclass(frozen=True)
+class Slice:
+    """`length` bytes of `part` from `offset` on."""
+
+    part: Part
+    offset: int
+    length: int
+
+
+def message_type(action: Action) -> str:
+    """Flower's name of an action; all are queries, for none changes a model."""
+    return f"query.{action}"
+
+
+def part_names(kinds: Sequence[str]) -> list[str]:
+    """Every name a contribution of these kinds may have, in stream order."""
+    return [
+        f"{kind}/{name}"
+        for kind in sorted(kinds)
+        for name in (*CONTRIBUTION_FILES[kind], *OPTIONAL_FILES[kind])
+    ]
+
+
+def plan(parts: Sequence[Part], start: int, length: int) -> list[Slice]:
+    """The slices that make up bytes `start` to `start + length` of the stream; empty at and after its end."""
+    slices, position, end = [], 0, start + length
+    for part in parts:
+        first, last = max(start, position), min(end, position + part.size)
+        if first < last:
+            slices.append(Slice(part, first - position, last - first))
+        position += part.size
+    return slices
+
+
+def stream_bytes(parts: Sequence[Part]) -> int:
+    return sum(part.size for part in parts)
+
+
+# Requests and answers -----------------------------------------------------------------------------
+
+
+def request(**fields: str | int | bytes) -> RecordDict:
+    return RecordDict({"request": ConfigRecord(dict(fields))})
+
+
+def read_request(content: RecordDict) -> Mapping[str, Any]:
+    return _typed(content.get("request"), ConfigRecord, "a request")
+
+
+def answer(code: str, **fields: Any) -> RecordDict:
+    """An answer carries a code from a closed list, names and numbers; never text that an error made."""
+    return RecordDict({"answer": ConfigRecord({"code": code, **fields})})
+
+
+def read_answer(content: RecordDict) -> Mapping[str, Any]:
+    """The fields of an accepting answer.
+
+    Raises: RefusedError: with the site's own code when it refused; `MESSAGE_INVALID` when the answer makes no
+    sense.
+    """
+    fields = _typed(content.get("answer"), ConfigRecord, "an answer")
+    code = text(fields, "code", CODE)
+    if code != ACCEPTED:
+        raise RefusedError(
+            code, "the site refused", fix="its operator finds the reason in the site's own log"
+        )
+    return fields
+
+
+def status_answer(status: Status) -> RecordDict:
+    return answer(ACCEPTED, **asdict(status))
+
+
+def read_status(content: RecordDict) -> Status:
+    fields = read_answer(content)
+    state = _typed(fields.get("state"), str, "a state")
+    _require(state in STATES, "a known state")
+    return Status(
+        state,  # type: ignore[arg-type]
+        step=integer(fields, "step", -1, MAX_STEPS),
+        steps=integer(fields, "steps", -1, MAX_STEPS),
+        eta_s=integer(fields, "eta_s", -1, MAX_ETA_S),
+    )
+
+
+def contribution_answer(parts: Sequence[Part], slices: Mapping[str, bytes]) -> RecordDict:
+    """The list of all files, and the bytes of those of them that were asked for."""
+    content = answer(
+        ACCEPTED,
+        names=[part.name for part in parts],
+        sizes=[part.size for part in parts],
+        sha256=[part.sha256 for part in parts],
+    )
+    arrays = {name: Array("uint8", (len(data),), RAW, data) for name, data in slices.items()}
+    content["parts"] = ArrayRecord(arrays)
+    return content
+
+
+def read_contribution(
+    content: RecordDict, kinds: Sequence[str], start: int, length: int
+) -> tuple[list[Part], list[tuple[Slice, bytes]]]:
+    """The announced files, and exactly the bytes asked for.
+
+    Raises: RefusedError: the site's own code, or `MESSAGE_INVALID` for anything else than was agreed:
+    unknown,
+        missing or repeated names, sizes over the limit, other slices than `plan` gives, arrays that are not
+        raw bytes.
+    """
+    parts = _read_parts(read_answer(content), kinds)
+    slices = plan(parts, start, length)
+    arrays = _typed(content.get("parts"), ArrayRecord, "an array record")
+    _require(len(arrays) == len(slices), "the files asked for")
+    return parts, [(piece, _raw_bytes(arrays.get(piece.part.name), piece.length)) for piece in slices]
+
+
+def _read_parts(fields: Mapping[str, Any], kinds: Sequence[str]) -> list[Part]:
+    names, sizes, digests = (
+        _typed(fields.get(name), list, f"a list of {name}") for name in ("names", "sizes", "sha256")
+    )
+    _require(0 < len(names) == len(sizes) == len(digests), "three lists of one length")
+    _require(
+        names == [name for name in part_names(kinds) if name in names], "known names in the agreed order"
+    )
+    _require(
+        all(type(size) is int and 0 <= size <= MAX_PART_BYTES for size in sizes), "sizes within the limit"
+    )
+    _require(
+        all(isinstance(digest, str) and SHA256.fullmatch(digest) for digest in digests), "SHA-256 digests"
+    )
+    for kind in {name.partition("/")[0] for name in names}:
+        _require(
+            {f"{kind}/{name}" for name in CONTRIBUTION_FILES[kind]} <= set(names), "every file of a kind"
+        )
+    return [Part(*row) for row in zip(names, sizes, digests, strict=True)]
+
+
+def _raw_bytes(value: object, length: int) -> bytes:
+    array = _typed(value, Array, "an array")
+    _require((array.dtype, array.stype) == ("uint8", RAW), "raw bytes")
+    _require(tuple(array.shape) == (length,) and len(array.data) == length, "as many bytes as asked for")
+    return array.data
+
+
+# Fields -------------------------------------------------------------------------------------------
+
+Value = TypeVar("Value")
+
+
+def text(fields: Mapping[str, Any], name: str, pattern: re.Pattern[str]) -> str:
+    """A short text that matches `pattern` whole."""
+    value = _typed(fields.get(name), str, f"text in {name}")
+    _require(len(value) <= MAX_TEXT_CHARS and pattern.fullmatch(value) is not None, f"a proper {name}")
+    return value
+
+
+def integer(fields: Mapping[str, Any], name: str, low: int, high: int) -> int:
+    value = fields.get(name)
+    _require(type(value) is int and low <= value <= high, f"{name} from {low} to {high}")
+    return int(value)  # type: ignore[arg-type]
+
+
+def raw(fields: Mapping[str, Any], name: str, max_bytes: int) -> bytes:
+    value = _typed(fields.get(name), bytes, f"bytes in {name}")
+    _require(len(value) <= max_bytes, f"at most {max_bytes} bytes in {name}")
+    return value
+
+
+def _typed(value: object, of: type[Value], expected: str) -> Value:
+    if not isinstance(value, of):
+        _require(False, expected)
+    return value  # type: ignore[return-value]
+
+
+def _require(holds: bool, expected: str) -> None:
+    if not holds:
+        raise RefusedError("MESSAGE_INVALID", "a message is not of the agreed form", expected=expected)
