@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from fedcompose.errors import ConfigError, RefusedError
+from fedcompose.errors import RefusedError
 from fedcompose.files import MAX_JSON_BYTES, dump_json, parse_json, read_limited, write_atomic
 
 CONFIG_FILE = "adapter_config.json"
@@ -38,6 +38,7 @@ MAX_PATTERNS = 2048
 MAX_NAME_CHARS = 256
 MAX_UPDATE_RMS = 1.0  # root mean square of one entry of scale·B·A; a trained expert is below 0.01
 ITEM_BYTES = {"F32": 4, "F16": 2, "BF16": 2}
+# Two-dimensional weights that are no linear layers; PEFT would adapt them in another way.
 EMBEDDINGS = frozenset({"embed_tokens", "embed_positions", "word_embeddings", "wte", "wpe", "embed_in"})
 MODULE_NAME = re.compile(r"[A-Za-z0-9_]+(\.[A-Za-z0-9_]+)*")
 TENSOR_NAME = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<side>[AB])\.weight")
@@ -168,25 +169,6 @@ def module_of(name: str) -> str:
             got=ascii(name[:MAX_NAME_CHARS]),
         )
     return match["module"]
-
-
-def read_base_shapes(base: Path) -> dict[str, tuple[int, int]]:
-    """Module name -> (out, in) of every linear layer of a base folder, read from its safetensors headers."""
-    from safetensors import safe_open
-
-    shapes: dict[str, tuple[int, int]] = {}
-    for path in sorted(base.glob("*.safetensors")):
-        with safe_open(path, framework="numpy") as weights:
-            for name in weights.keys():  # noqa: SIM118 - not a mapping
-                shape = weights.get_slice(name).get_shape()
-                module = name.removesuffix(".weight")
-                if module != name and len(shape) == 2 and module.rpartition(".")[2] not in EMBEDDINGS:
-                    shapes[module] = (shape[0], shape[1])
-    if not shapes:
-        raise ConfigError(
-            "BASE_UNUSABLE", f"{base} has no safetensors weights", fix="give the folder of a base model"
-        )
-    return shapes
 
 
 def read_adapter(folder: Path, base_shapes: Mapping[str, tuple[int, int]] | None) -> Adapter:
@@ -380,7 +362,8 @@ def _positive(values: Any, least: int) -> bool:
 def _check_names(adapter: Adapter, base_shapes: Mapping[str, tuple[int, int]] | None) -> None:
     """The most important check of all: PEFT would write any further tensor over the base's own weights."""
     found = adapter.modules() if base_shapes is None else base_shapes
-    targeted = {module for module in found if adapter.config.targets(module)}
+    linears = (module for module in found if module.rpartition(".")[2] not in EMBEDDINGS)
+    targeted = {module for module in linears if adapter.config.targets(module)}
     expected = {tensor_name(module, side) for module in targeted for side in "AB"}
     names = set(adapter.tensors)
     unused = [

@@ -17,10 +17,10 @@ from fedcompose.adapter import (
     parse_config,
     parse_safetensors,
     read_adapter,
-    read_base_shapes,
     write_adapter,
 )
-from fedcompose.errors import ConfigError, RefusedError
+from fedcompose.bases import Base, base_shapes
+from fedcompose.errors import RefusedError
 from tests.federation_sim import make_random_expert
 
 MLP = ["gate_proj", "up_proj", "down_proj"]
@@ -33,7 +33,7 @@ def peft_folder(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
 
 @pytest.fixture(scope="module")
 def shapes(tiny_base: Path) -> dict[str, tuple[int, int]]:
-    return read_base_shapes(tiny_base)
+    return dict(base_shapes(Base("tiny", tiny_base, "")))
 
 
 def logits(base: Path, expert: Path) -> Any:
@@ -50,17 +50,6 @@ def code(call: Callable[[], object]) -> str:
     with pytest.raises(RefusedError) as refusal:
         call()
     return refusal.value.code
-
-
-def test_shapes_come_from_the_base_and_leave_out_embeddings(shapes: dict[str, tuple[int, int]]) -> None:
-    assert shapes["model.layers.0.mlp.down_proj"] == (32, 64)
-    assert not any("embed" in name or "norm" in name for name in shapes)
-    assert len(shapes) == 2 * 7
-
-
-def test_a_base_without_weights_is_a_usage_error(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="no safetensors"):
-        read_base_shapes(tmp_path)
 
 
 def test_reads_what_peft_writes_and_peft_loads_what_we_write(
@@ -283,6 +272,18 @@ def test_refuses_modules_and_shapes_the_base_does_not_have(
     more = shapes | {"model.layers.2.mlp.up_proj": (64, 32)}
     for base in (wider, fewer, more):
         assert code(lambda base=base: read_adapter(peft_folder, base)) == "ADAPTER_TENSORS"  # type: ignore[misc]
+
+
+def test_refuses_an_adapter_on_an_embedding(peft_folder: Path, shapes: dict[str, tuple[int, int]]) -> None:
+    module, (rows, columns) = "model.embed_tokens", shapes["model.embed_tokens"]
+    config = json.loads((peft_folder / CONFIG_FILE).read_bytes()) | {"target_modules": ["embed_tokens"]}
+    weights = canonical_safetensors(
+        {
+            f"base_model.model.{module}.lora_A.weight": tensor((4, columns), bytes(4)),
+            f"base_model.model.{module}.lora_B.weight": tensor((rows, 4), bytes(4)),
+        }
+    )
+    assert code(lambda: parse_adapter(json.dumps(config).encode(), weights, shapes)) == "ADAPTER_TENSORS"
 
 
 def test_refuses_a_linked_file(peft_folder: Path, shapes: dict[str, tuple[int, int]], tmp_path: Path) -> None:
