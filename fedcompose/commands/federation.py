@@ -104,9 +104,10 @@ def enroll(
     if as_json:
         print_json(_as_dict(federation))
         return
+    members = [each.id for each in federation.coordinators] + [each.id for each in federation.sites]
     out.print(
         f"{file} is now version {federation.version}, good until {format_time(federation.expires)}.\n"
-        f"Members: {', '.join(member.id for member in (*federation.coordinators, *federation.sites))}",
+        f"Members: {', '.join(members)}",
         markup=False,
     )
     next_steps(f"fedcompose federation show {file}", f"send {file} to every member")
