@@ -39,7 +39,7 @@ class AnswerLine:
         stated = stated_answer(completion)
         if stated is None:
             return next(reversed(self.find(completion[-MAX_COMPLETION_CHARS:])), None)
-        return self.read(stated) or next(iter(self.find(stated)), None)
+        return self.read(stated) or next(iter(self.find(stated.rpartition("=")[2])), None)
 
     def is_correct(self, completion: str, answer: str) -> bool:
         parsed = self.parse(completion)

@@ -1,8 +1,8 @@
 """Procedural problems, addressed as (name, config, seed) so that a prompt can be made again anywhere.
 
 The same origin gives the same problem on every machine and Python version. Sites and coordinator need not
-talk to keep training and held-out prompts apart: the question text itself decides, by a stable hash, to which
-side it belongs.
+talk to keep training and held-out prompts apart: the question text itself decides, by a stable hash, to
+which side it belongs.
 """
 
 from __future__ import annotations

@@ -2,11 +2,13 @@
 
 Almost every completion of a training run holds a plain number, so those are compared as exact fractions
 within microseconds; only other forms reach math-verify. It is called without its timeouts, which rest on
-signals and so fail outside the main thread; instead only short expressions of bounded size are handed to it.
+signals and so fail outside the main thread; instead only short expressions of bounded size are handed to
+it.
 """
 
 from __future__ import annotations
 
+import logging
 import re
 from fractions import Fraction
 from functools import lru_cache
@@ -15,7 +17,7 @@ from typing import Any
 from fedcompose.tasks.answer_line import AnswerLine
 
 MAX_NUMBER_CHARS = 40
-MAX_LATEX_CHARS = 120
+MAX_LATEX_CHARS = 60
 _DIGITS = r"(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|\.\d+"
 _PLAIN = re.compile(
     rf"[$€£]?(?P<sign>[-+−]?)[$€£]?(?P<number>{_DIGITS})(?:\s*/\s*(?P<below>\d+))?\s*(?P<percent>%?)"
@@ -23,18 +25,19 @@ _PLAIN = re.compile(
 _IN_TEXT = re.compile(rf"(?<![\w.])(?:[-−](?=[$€£]?[\d.]))?[$€£]?(?:{_DIGITS})(?:/\d+)?%?")
 # What math-verify may see: short numbers, operators, a few commands, one exponent of at most two digits.
 _LATEX = re.compile(
-    r"(?:\\(?:[dt]?frac|sqrt|pi|cdot|times|left|right|[,!%$])|sqrt|pi"
+    r"(?:\\(?:[dt]?frac|sqrt|pi|cdot|times|left|right|[,!%$])|sqrt"
     r"|\^\{?-?\d{1,2}\}?(?!\d)|\d{1,15}|[-+*/().,{}\s%$])+"
 )
+_FRACTION = re.compile(r"\\[dt]?frac\{(\d+)\}\{(\d+)\}")
+_CLOSED_FORM = re.compile(r"\\[dt]?frac|sqrt|pi|\^")
+_IRRATIONAL = re.compile(r"sqrt|pi")
+_OPERATOR = re.compile(r"(?<=[\d})])\s*[-+*/]|\*\*")
 
 
 def read_number(text: str) -> str | None:
     """A whole answer as canonical text: `12`, `0.5`, a reduced `a/b`, `50%`, or short LaTeX as it is."""
-    plain = _plain(text)
-    if plain is not None:
-        return plain
-    text = text.strip("$ ")
-    return text if _symbolic(text) else None
+    text = _FRACTION.sub(r"\1/\2", text.strip("$ "))
+    return _plain(text) or (text if _is_closed_form(text) else None)
 
 
 def find_numbers(text: str) -> list[str]:
@@ -76,25 +79,33 @@ def _values(canonical: str) -> set[Fraction]:
     return {value} if number == canonical else {value, value / 100}
 
 
-@lru_cache(maxsize=4096)
-def _symbolic(text: str) -> tuple[Any, ...]:
-    """math-verify's reading of a short expression without variables; empty where it has none."""
-    if len(text) > MAX_LATEX_CHARS or not _LATEX.fullmatch(text) or not re.search(r"\d|pi", text):
-        return ()
-    if text.count("^") + text.count("**") > 1:
-        return ()
-    from math_verify import parse
+def _is_closed_form(text: str) -> bool:
+    """Whether math-verify may be asked about `text`.
 
-    return tuple(parse(f"${text}$", parsing_timeout=None))
+    Sums and products of plain numbers are not answers: else a completion could repeat the question.
+    """
+    if len(text) > MAX_LATEX_CHARS or not _LATEX.fullmatch(text) or not _CLOSED_FORM.search(text):
+        return False
+    if any(text.count(left) != text.count(right) for left, right in ("()", "{}")) or text.count("^") > 1:
+        return False
+    return bool(_IRRATIONAL.search(text)) or not _OPERATOR.search(text)
 
 
 def _equivalent(gold: str, given: str) -> bool:
-    expected, got = _symbolic(gold), _symbolic(given)
-    if not expected or not got:
+    """By math-verify; at least one of the two is a closed form."""
+    if not all(_values(text) or _is_closed_form(text) for text in (gold, given)):
         return False
     from math_verify import verify
 
-    return bool(verify(list(expected), list(got), timeout_seconds=None))
+    return bool(verify(list(_symbolic(gold)), list(_symbolic(given)), timeout_seconds=None))
+
+
+@lru_cache(maxsize=4096)
+def _symbolic(text: str) -> tuple[Any, ...]:
+    from math_verify import parse
+
+    logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns that we run it without timeouts
+    return tuple(parse(f"${text}$", parsing_timeout=None))
 
 
 numeric = AnswerLine("numeric", "End with 'Answer: X'.", read_number, find_numbers, same_number)

@@ -1,7 +1,8 @@
 """Finding tasks and generators by name: the built-in ones, reasoning-gym's, and those of installed packages.
 
-A package adds its own by an entry point in the group `fedcompose.tasks` whose name is the task's or generator's
-name and whose value is the object. A name in a file or a trace only ever picks among what is installed here.
+A package adds its own by an entry point in the group `fedcompose.tasks` whose name is the task's or
+generator's name and whose value is the object. A name in a file or a trace only ever picks among what is
+installed here.
 """
 
 from __future__ import annotations
@@ -14,13 +15,15 @@ from typing import Any, cast
 from fedcompose.errors import ConfigError
 from fedcompose.tasks import arithmetic, clock, logic, ordering
 from fedcompose.tasks.choice import choice
+from fedcompose.tasks.code import code
 from fedcompose.tasks.example import JSON, Example, Origin, Task
 from fedcompose.tasks.generators import Generator, Split, distinct
+from fedcompose.tasks.gym import PREFIX, GymGenerator, gym_generator
 from fedcompose.tasks.numeric import numeric
 from fedcompose.tasks.text import exact, yes_no
 
 ENTRY_POINTS = "fedcompose.tasks"
-TASKS: Mapping[str, Task] = {task.name: task for task in (numeric, choice, yes_no, exact)}
+TASKS: Mapping[str, Task] = {task.name: task for task in (numeric, choice, yes_no, exact, code)}
 GENERATORS: Mapping[str, Generator[Any]] = {
     generator.name: generator
     for module in (arithmetic, ordering, logic, clock)
@@ -48,8 +51,10 @@ def get_task(name: str) -> Task:
     return cast(Task, found)
 
 
-def get_generator(name: str) -> Generator[Any]:
-    """Raises: ConfigError: `GENERATOR_UNKNOWN`."""
+def get_generator(name: str) -> Generator[Any] | GymGenerator:
+    """Raises: ConfigError: `GENERATOR_UNKNOWN`. MissingError: `PACKAGE_MISSING`, without reasoning-gym."""
+    if name.startswith(PREFIX):
+        return gym_generator(name)
     found = GENERATORS.get(name) or (_load(name) if name in _added() else None)
     if not isinstance(found, Generator):
         raise _unknown("generator", name, generator_names())
