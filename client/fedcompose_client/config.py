@@ -1,0 +1,129 @@
+"""A site's settings: `site.toml`, written by `fedcompose client init` and read by every other command of a site."""
+
+from __future__ import annotations
+
+import tomllib
+from importlib.resources import files
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from fedcompose.errors import ConfigError
+
+CONFIG_NAME = "site.toml"
+Identifier = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]{0,62}$")]
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Columns(_Frozen):
+    """Names of the columns of a domain's file."""
+
+    question: str = "question"
+    answer: str = "answer"
+    solution: str | None = None
+    choices: str | None = None
+
+
+class TraceSource(_Frozen):
+    """A declared generator whose prompts traces may be sampled on; it must not depend on private data."""
+
+    generator: str
+    config: dict[str, Any] = Field(default_factory=dict)
+    prompts: int = Field(96, ge=1, le=10_000)
+    samples_per_prompt: int = Field(2, ge=1, le=16)
+    temperature: float = Field(0.7, gt=0, le=2)
+    max_per_prompt: int = Field(1, ge=1, le=16)
+
+
+class Training(_Frozen):
+    """How a domain's expert is trained. The defaults are the settings that were measured (docs/log.md)."""
+
+    engine: Literal["auto", "packed", "trl"] = "auto"
+    seed: int = Field(0, ge=0)
+    rank: int = Field(16, ge=1, le=512)
+    targets: tuple[str, ...] = ("gate_proj", "up_proj", "down_proj")
+    validation_count: int = Field(100, ge=10)
+    test_count: int = Field(200, ge=10)
+    warm_up_steps: int = Field(16, ge=0)
+    warm_up_lr: float = Field(1e-3, gt=0)
+    warm_up_batch: int = Field(16, ge=1)
+    steps: int = Field(40, ge=0)
+    lr: float = Field(2e-4, gt=0)
+    prompts_per_step: int = Field(8, ge=1)
+    samples_per_prompt: int = Field(8, ge=2)
+    temperature: float = Field(1.0, gt=0)
+    max_new_tokens: int = Field(48, ge=1, le=8192)
+
+    @model_validator(mode="after")
+    def _trains_at_all(self) -> Training:
+        if not self.warm_up_steps and not self.steps:
+            raise ValueError("warm_up_steps and steps are both 0: nothing would be trained")
+        return self
+
+
+class Domain(_Frozen):
+    """One kind of problem this site has data for."""
+
+    file: Path
+    task: str
+    private: bool = True
+    columns: Columns = Columns()
+    traces: TraceSource | None = None
+    training: Training = Training()
+
+
+class SiteConfig(_Frozen):
+    """The whole of `site.toml`."""
+
+    id: Identifier
+    base: str
+    key: Path
+    federation: Path = Path("federation.json")
+    domains: dict[Identifier, Domain]
+
+    def domain(self, name: str) -> Domain:
+        """The settings of one domain.
+
+        Raises: ConfigError: `DOMAIN_UNKNOWN`.
+        """
+        if name not in self.domains:
+            raise ConfigError(
+                "DOMAIN_UNKNOWN",
+                f"{CONFIG_NAME} has no domain {name!a}",
+                expected=", ".join(self.domains) or "at least one [domains.NAME] section",
+                fix=f"add a section [domains.{name}] or choose one of those",
+            )
+        return self.domains[name]
+
+
+def load_config(site: Path) -> SiteConfig:
+    """Read and check `site.toml` of a site's folder.
+
+    Raises: ConfigError: `SITE_CONFIG_MISSING`, `SITE_CONFIG_INVALID`.
+    """
+    path = site / CONFIG_NAME
+    if not path.is_file():
+        raise ConfigError(
+            "SITE_CONFIG_MISSING",
+            f"there is no {CONFIG_NAME} in {site}",
+            fix="run `fedcompose client init` there, or name the folder with --site",
+        )
+    try:
+        return SiteConfig.model_validate(tomllib.loads(path.read_text("utf-8")))
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError("SITE_CONFIG_INVALID", f"{path} is not valid TOML", got=str(error)) from error
+    except ValidationError as error:
+        problems = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()[:5])
+        raise ConfigError("SITE_CONFIG_INVALID", f"{path} has unusable settings", got=problems) from error
+
+
+def template(**values: str) -> str:
+    """The commented `site.toml` with `@name@` marks replaced."""
+    text = (files("fedcompose_client") / "templates" / CONFIG_NAME).read_text("utf-8")
+    for name, value in values.items():
+        text = text.replace(f"@{name}@", value)
+    return text

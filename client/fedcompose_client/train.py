@@ -1,0 +1,372 @@
+"""Train one domain's expert: warm-up on worked solutions, then reinforcement from verifiable rewards.
+
+Input: the site's own file. Output: `runs/<domain>/expert/`, a plain PEFT LoRA folder, and `result.json` with the accuracy
+of base, warm-up and RLVR on rows that were never trained on. A validation split decides which adapter is kept; the test
+split decides nothing.
+
+Work survives kill -9: every random choice is a function of (seed, step), so a checkpoint is the adapter, the optimizer's
+moments and a step number. It deliberately does not ship, sign or send anything.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from safetensors import safe_open
+from safetensors.torch import load_file, save
+
+from fedcompose.bases import resolve_base
+from fedcompose.errors import ConfigError
+from fedcompose.files import disk_errors, dump_json, new_folder, sha256_hex, write_atomic, write_json
+from fedcompose.intervals import accuracy, paired_difference
+from fedcompose.model.lm import completion_ids, load_base, merged, prompt_ids
+from fedcompose.model.sampling import sample
+from fedcompose.tasks import Example, Task, get_task
+from fedcompose_client.config import Domain, SiteConfig, Training
+from fedcompose_client.data import Splits, read_examples, split
+from fedcompose_client.packed import Tree, advantage_tree, backward
+
+CHECKPOINT_EVERY = 5  # steps; about a minute of work on two CPU cores
+VALIDATE_EVERY = 10  # reinforcement steps
+ADAM_BETAS = (0.9, 0.95)
+MAX_GRADIENT_NORM = 1.0
+LR_RAMP_STEPS = 3
+
+OnProgress = Callable[[str, int, int, str], None]  # stage, step, steps, note
+
+
+@dataclass
+class Progress:
+    """What a run has done so far: everything of a checkpoint that is not a tensor."""
+
+    stage: str = "warm_up"  # warm_up, rlvr, tested, done
+    step: int = 0
+    rewards: list[float] = field(default_factory=list)
+    losses: list[float] = field(default_factory=list)
+    validation: dict[str, list[tuple[int, float]]] = field(default_factory=dict)
+    test: dict[str, list[int]] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass
+class Run:
+    """One training run in memory; `folder` holds what survives it."""
+
+    folder: Path
+    settings: Training
+    task: Task
+    splits: Splits
+    model: Any
+    tokenizer: Any
+    optimizer: torch.optim.Optimizer
+    progress: Progress
+    on_progress: OnProgress
+
+    def report(self, stage: str, step: int, steps: int, note: str = "") -> None:
+        """Tell the caller, and append one line to `progress.jsonl` for anyone who watches the folder."""
+        line = {"time": round(time.time(), 1), "stage": stage, "step": step, "steps": steps, "note": note}
+        with disk_errors(self.folder), (self.folder / "progress.jsonl").open("a") as stream:
+            stream.write(json.dumps(line) + "\n")
+        self.on_progress(stage, step, steps, note)
+
+
+def train(
+    site: Path, config: SiteConfig, domain_name: str, on_progress: OnProgress, fresh: bool = False
+) -> dict[str, Any]:
+    """Train to the end, or go on where an interrupted run stopped; returns what `result.json` holds.
+
+    Raises: ConfigError: `RUN_OTHER_SETTINGS` when the folder holds a run with other settings or data.
+    """
+    domain = config.domain(domain_name)
+    run = _open_run(site / "runs" / domain_name, site, config, domain, on_progress, fresh)
+    if run.progress.stage == "done":
+        return dict(json.loads((run.folder / "result.json").read_text()))
+    _test(run, "base")  # before the first step the adapter changes nothing
+    if run.progress.stage == "warm_up":
+        warm_up(run)
+    if run.progress.stage == "rlvr" and run.settings.steps:
+        reinforce(run, domain.training.engine)
+    return _finish(run, domain_name, domain)
+
+
+def warm_up(run: Run) -> None:
+    """Supervised steps on the site's worked solutions, with a learning rate that falls to a tenth."""
+    settings, progress = run.settings, run.progress
+    rows = run.splits.train
+    steps = settings.warm_up_steps if any(example.solution for example in rows) else 0
+    for step in range(progress.step, steps):
+        started = time.perf_counter()
+        lr = settings.warm_up_lr * min(1.0, (step + 1) / LR_RAMP_STEPS) * (1 - 0.9 * step / steps)
+        trees = [supervised_tree(run, example) for example in _draw(rows, settings.warm_up_batch, step, settings.seed)]
+        tokens = sum(len(tree.branches[0][0]) for tree in trees)
+        progress.losses.append(update(run, trees, float(tokens), lr))
+        _after_step(run, "warm_up", step + 1, steps, started, f"loss {progress.losses[-1]:.2f}")
+    if steps:
+        _validate(run, "warmup", steps)
+        _test(run, "warmup")
+    _start_stage(run, "rlvr")
+
+
+def reinforce(run: Run, engine: str = "auto") -> None:
+    """GRPO by the chosen engine; `rlvr/` holds the adapter that did best on the validation split."""
+    if engine == "auto":
+        engine = "trl" if torch.cuda.is_available() else "packed"
+    if engine == "trl":
+        from fedcompose_client.trl_engine import reinforce_with_trl
+
+        reinforce_with_trl(run)
+    else:
+        reinforce_packed(run)
+    run.model.load_adapter(str(run.folder / "rlvr"), "best")
+    run.model.set_adapter("best")
+    _test(run, "rlvr")
+    run.progress.stage = "tested"
+
+
+def reinforce_packed(run: Run) -> None:
+    """Sample, score, one on-policy update; again."""
+    settings, progress = run.settings, run.progress
+    for step in range(progress.step, settings.steps):
+        if step and step % VALIDATE_EVERY == 0:
+            _validate(run, "rlvr", step)
+        started = time.perf_counter()
+        examples = _draw(run.splits.train, settings.prompts_per_step, step, settings.seed + 1)
+        trees, rewards = explore(run, examples, step)
+        progress.rewards.append(sum(rewards) / len(rewards))
+        normaliser = float(len(rewards) * settings.max_new_tokens)
+        update(run, trees, normaliser, settings.lr * min(1.0, (step + 1) / LR_RAMP_STEPS))
+        recent = progress.rewards[-5:]
+        _after_step(run, "rlvr", step + 1, settings.steps, started, f"reward {sum(recent) / len(recent):.2f}")
+    _validate(run, "rlvr", settings.steps)
+
+
+def explore(run: Run, examples: Sequence[Example], step: int) -> tuple[list[Tree], list[float]]:
+    """Sample a group of completions for every example: the trees that carry a gradient, and all rewards."""
+    settings = run.settings
+    prompts = [prompt_ids(run.tokenizer, run.task.prompt(example.question)) for example in examples]
+    with merged(run.model):
+        groups = sample(
+            run.model, run.tokenizer, prompts, max_new_tokens=settings.max_new_tokens, seed=settings.seed * 1_000_003 + step,
+            count=settings.samples_per_prompt, temperature=settings.temperature,
+        )  # fmt: skip
+    trees, rewards = [], []
+    for prompt, example, group in zip(prompts, examples, groups, strict=True):
+        scores = [run.task.reward(one.text, example.answer) if one.finished else 0.0 for one in group]
+        rewards += scores
+        if tree := advantage_tree(prompt, [one.tokens for one in group], scores):
+            trees.append(tree)
+    return trees, rewards
+
+
+def update(run: Run, trees: Sequence[Tree], normaliser: float, lr: float) -> float:
+    """One optimizer step on weighted completions; returns the loss."""
+    for group in run.optimizer.param_groups:
+        group["lr"] = lr
+    loss = backward(run.model, trees, normaliser, run.tokenizer.pad_token_id) if trees else 0.0
+    if trees:
+        torch.nn.utils.clip_grad_norm_(trainable(run.model), MAX_GRADIENT_NORM)
+        run.optimizer.step()
+        run.optimizer.zero_grad()
+    return loss
+
+
+def supervised_tree(run: Run, example: Example) -> Tree:
+    """A worked solution as the only completion of its prompt, with weight 1."""
+    prompt = prompt_ids(run.tokenizer, run.task.prompt(example.question))
+    return Tree(tuple(prompt), ((tuple(completion_ids(run.tokenizer, run.task.target(example))), 1.0),))
+
+
+def trainable(model: Any) -> list[torch.nn.Parameter]:
+    return [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+
+def correct_answers(run: Run, examples: Sequence[Example], stage: str) -> list[int]:
+    """Greedy decoding, one 0 or 1 per example."""
+    done = 0
+
+    def count(rows: int) -> None:
+        nonlocal done
+        done += rows
+        run.report(stage, done, len(examples))
+
+    prompts = [prompt_ids(run.tokenizer, run.task.prompt(example.question)) for example in examples]
+    with merged(run.model):
+        completions = sample(
+            run.model, run.tokenizer, prompts, max_new_tokens=run.settings.max_new_tokens, on_done=count
+        )
+    return [
+        int(run.task.is_correct(one.text, example.answer))
+        for (one,), example in zip(completions, examples, strict=True)
+    ]
+
+
+def _open_run(
+    folder: Path, site: Path, config: SiteConfig, domain: Domain, on_progress: OnProgress, fresh: bool
+) -> Run:
+    settings = domain.training
+    base = resolve_base(config.base)
+    task = get_task(domain.task)
+    columns = {role: column for role, column in domain.columns if column is not None}
+    examples = read_examples(site / domain.file, domain.task, columns)
+    splits = split(examples, settings.seed, settings.validation_count, settings.test_count)
+    _same_settings(
+        folder,
+        {"base": base.digest, "task": domain.task, **settings.model_dump(mode="json")},
+        examples,
+        fresh,
+    )
+    frozen, tokenizer = load_base(base.path)
+    torch.manual_seed(settings.seed)
+    lora = LoraConfig(
+        r=settings.rank,
+        lora_alpha=2 * settings.rank,
+        target_modules=list(settings.targets),
+        task_type="CAUSAL_LM",
+    )
+    model = get_peft_model(frozen, lora)
+    run = Run(folder, settings, task, splits, model, tokenizer, new_optimizer(model), Progress(), on_progress)
+    _load_checkpoint(run)
+    return run
+
+
+def new_optimizer(model: Any) -> torch.optim.AdamW:
+    return torch.optim.AdamW(trainable(model), lr=0.0, betas=ADAM_BETAS, weight_decay=0.0)
+
+
+def _same_settings(folder: Path, settings: dict[str, Any], examples: Sequence[Example], fresh: bool) -> None:
+    """Write down what this run is made from, or refuse to go on with something else."""
+    data = sha256_hex("\n".join(f"{example.question}\t{example.answer}" for example in examples).encode())
+    wanted = dump_json({**settings, "data_sha256": data})
+    path = folder / "settings.json"
+    if fresh:
+        for name in ("checkpoint.safetensors", "result.json", "progress.jsonl"):
+            (folder / name).unlink(missing_ok=True)
+    elif path.exists() and path.read_bytes() != wanted:
+        raise ConfigError(
+            "RUN_OTHER_SETTINGS",
+            f"{folder} holds a run with other settings, other data or another base",
+            fix="restore them to resume it, or start again with --fresh",
+        )
+    write_atomic(path, wanted)
+
+
+def _draw(rows: Sequence[Example], count: int, step: int, seed: int) -> list[Example]:
+    """The rows of one step: a walk through a shuffle that is made anew each epoch."""
+    positions = range(step * count, (step + 1) * count)
+    orders = {}
+    for epoch in {position // len(rows) for position in positions}:
+        orders[epoch] = random.Random(f"{seed}:{epoch}").sample(range(len(rows)), len(rows))
+    return [rows[orders[position // len(rows)][position % len(rows)]] for position in positions]
+
+
+def _after_step(run: Run, stage: str, step: int, steps: int, started: float, note: str) -> None:
+    run.progress.step = step
+    seconds = run.progress.seconds
+    seconds[stage] = seconds.get(stage, 0.0) + time.perf_counter() - started
+    run.report(stage, step, steps, note)
+    if step % CHECKPOINT_EVERY == 0:
+        _save_checkpoint(run)
+
+
+def _start_stage(run: Run, stage: str) -> None:
+    run.progress.stage, run.progress.step = stage, 0
+    run.optimizer = new_optimizer(run.model)
+    _save_checkpoint(run)
+
+
+def _validate(run: Run, name: str, step: int) -> None:
+    """Accuracy on the validation split; keeps the adapter in `<name>/` when it is the best of its stage so far."""
+    history = run.progress.validation.setdefault(name, [])
+    if any(done == step for done, _ in history):
+        return
+    correct = correct_answers(run, run.splits.validation, "validate")
+    score = sum(correct) / len(correct)
+    if not history or score >= max(past for _, past in history):
+        save_adapter(run.model, run.folder / name)
+    history.append((step, score))
+    _save_checkpoint(run)
+
+
+def _test(run: Run, name: str) -> None:
+    """Accuracy on the test split, once per adapter."""
+    if name in run.progress.test:
+        return
+    run.progress.test[name] = correct_answers(run, run.splits.test, f"test {name}")
+    _save_checkpoint(run)
+
+
+def _finish(run: Run, domain_name: str, domain: Domain) -> dict[str, Any]:
+    """Keep the better adapter by validation, write `expert/` and `result.json`."""
+    progress = run.progress
+    best = {name: max(score for _, score in history) for name, history in progress.validation.items()}
+    kept = max(best, key=lambda name: (best[name], name == "rlvr"))
+    with new_folder(run.folder / "expert") as folder:
+        for path in (run.folder / kept).iterdir():
+            (folder / path.name).write_bytes(path.read_bytes())
+    test = progress.test
+    result = {
+        "domain": domain_name,
+        "task": domain.task,
+        "kept": kept,
+        "rows": {
+            "train": len(run.splits.train),
+            "validation": len(run.splits.validation),
+            "test": len(run.splits.test),
+        },
+        "accuracy": {name: accuracy(correct).as_dict() for name, correct in test.items()},
+        "gain_over_base": paired_difference(test[kept], test["base"]).as_dict(),
+        "gain_of_rlvr_over_warmup": (
+            paired_difference(test["rlvr"], test["warmup"]).as_dict() if {"rlvr", "warmup"} <= set(test) else None
+        ),
+        "validation": progress.validation,
+        "rewards": progress.rewards,
+        "warm_up_losses": progress.losses,
+        "seconds": progress.seconds,
+        "settings": run.settings.model_dump(mode="json"),
+    }
+    write_json(run.folder / "result.json", result)
+    progress.stage = "done"
+    _save_checkpoint(run)
+    run.report("done", 1, 1)
+    return result
+
+
+def save_adapter(model: Any, folder: Path) -> None:
+    """An ordinary PEFT folder, whole or not at all."""
+    with new_folder(folder) as temporary:
+        model.save_pretrained(temporary)
+
+
+def _save_checkpoint(run: Run) -> None:
+    """Adapter, optimizer moments and progress in one file, replaced atomically."""
+    tensors = {f"adapter/{name}": value.contiguous() for name, value in get_peft_model_state_dict(run.model).items()}
+    for index, moments in run.optimizer.state_dict()["state"].items():
+        tensors |= {f"optimizer/{index}/{name}": value.contiguous() for name, value in moments.items()}
+    metadata = {"progress": json.dumps(run.progress.__dict__)}
+    write_atomic(run.folder / "checkpoint.safetensors", save(tensors, metadata))
+
+
+def _load_checkpoint(run: Run) -> None:
+    """Continue an interrupted run, if there is one."""
+    path = run.folder / "checkpoint.safetensors"
+    if not path.exists():
+        return
+    tensors = load_file(path)
+    with safe_open(path, "pt") as stream:
+        run.progress = Progress(**json.loads(stream.metadata()["progress"]))
+    adapter = {name.removeprefix("adapter/"): value for name, value in tensors.items() if name.startswith("adapter/")}
+    set_peft_model_state_dict(run.model, adapter)
+    state = run.optimizer.state_dict()
+    for name, value in tensors.items():
+        if name.startswith("optimizer/"):
+            _, index, moment = name.split("/")
+            state["state"].setdefault(int(index), {})[moment] = value
+    run.optimizer.load_state_dict(state)
