@@ -24,9 +24,7 @@ from fedcompose.signing import Signer, read_envelope_unverified, sign_envelope, 
 CALL_TYPE = "application/vnd.fedcompose.call.v1+json"
 MAX_CALL_BYTES = 256 * 1024
 MAX_CALLED_SITES = 1000
-COLLECTION_PERIOD = timedelta(
-    days=30
-)  # contributions made in time may be fetched for this long after the deadline
+COLLECTION_PERIOD = timedelta(days=30)  # contributions made in time may be fetched for this long after the deadline
 
 Kind = Literal["adapter", "traces"]
 
@@ -125,9 +123,7 @@ def verify_call(
     call = parse_call(verified.payload)
     check_call(call, federation, now - grace)
     if call.domain_of(site) != federation.site(site).domain:
-        raise RefusedError(
-            "CALL_SITE", "the call names another domain for this site than the federation file does"
-        )
+        raise RefusedError("CALL_SITE", "the call names another domain for this site than the federation file does")
     return call
 
 
@@ -159,9 +155,7 @@ def check_call(call: Call, federation: Federation, now: datetime) -> None:
     if now >= call.deadline:
         raise RefusedError("CALL_EXPIRED", f"the call {call.id} ended at {format_time(call.deadline)}")
     if call.base not in federation.base_models:
-        raise RefusedError(
-            "CALL_BASE", f"the federation does not build on {call.base.name!a} with this digest"
-        )
+        raise RefusedError("CALL_BASE", f"the federation does not build on {call.base.name!a} with this digest")
 
 
 def _base_entry(federation: Federation, name: str) -> BaseModelEntry:

@@ -87,6 +87,7 @@ CODE = re.compile(r"[A-Z][A-Z0-9_]{2,63}")
 SHA256 = re.compile(r"[0-9a-f]{64}")
 RAW = "fedcompose.raw"  # Flower's `stype`: these are bytes, not a serialised array
 ACCEPTED = "ACCEPTED"
+NOT_READY = "NOT_READY"  # there is no whole signed contribution yet; `status` says how far it is
 
 
 @dataclass(frozen=True)
@@ -124,11 +125,7 @@ def message_type(action: Action) -> str:
 
 def part_names(kinds: Sequence[str]) -> list[str]:
     """Every name a contribution of these kinds may have, in stream order."""
-    return [
-        f"{kind}/{name}"
-        for kind in sorted(kinds)
-        for name in (*CONTRIBUTION_FILES[kind], *OPTIONAL_FILES[kind])
-    ]
+    return [f"{kind}/{name}" for kind in sorted(kinds) for name in (*CONTRIBUTION_FILES[kind], *OPTIONAL_FILES[kind])]
 
 
 def plan(parts: Sequence[Part], start: int, length: int) -> list[Slice]:
@@ -171,9 +168,7 @@ def read_answer(content: RecordDict) -> Mapping[str, Any]:
     fields = _typed(content.get("answer"), ConfigRecord, "an answer")
     code = text(fields, "code", CODE)
     if code != ACCEPTED:
-        raise RefusedError(
-            code, "the site refused", fix="its operator finds the reason in the site's own log"
-        )
+        raise RefusedError(code, "the site refused", fix="its operator finds the reason in the site's own log")
     return fields
 
 
@@ -228,19 +223,11 @@ def _read_parts(fields: Mapping[str, Any], kinds: Sequence[str]) -> list[Part]:
         _typed(fields.get(name), list, f"a list of {name}") for name in ("names", "sizes", "sha256")
     )
     _require(0 < len(names) == len(sizes) == len(digests), "three lists of one length")
-    _require(
-        names == [name for name in part_names(kinds) if name in names], "known names in the agreed order"
-    )
-    _require(
-        all(type(size) is int and 0 <= size <= MAX_PART_BYTES for size in sizes), "sizes within the limit"
-    )
-    _require(
-        all(isinstance(digest, str) and SHA256.fullmatch(digest) for digest in digests), "SHA-256 digests"
-    )
+    _require(names == [name for name in part_names(kinds) if name in names], "known names in the agreed order")
+    _require(all(type(size) is int and 0 <= size <= MAX_PART_BYTES for size in sizes), "sizes within the limit")
+    _require(all(isinstance(digest, str) and SHA256.fullmatch(digest) for digest in digests), "SHA-256 digests")
     for kind in {name.partition("/")[0] for name in names}:
-        _require(
-            {f"{kind}/{name}" for name in CONTRIBUTION_FILES[kind]} <= set(names), "every file of a kind"
-        )
+        _require({f"{kind}/{name}" for name in CONTRIBUTION_FILES[kind]} <= set(names), "every file of a kind")
     return [Part(*row) for row in zip(names, sizes, digests, strict=True)]
 
 

@@ -1,4 +1,4 @@
-"""A federation for transport tests: real keys and a real federation file, sites whose outboxes hold random bytes.
+"""A federation for transport tests: real keys, a real federation file, random bytes in the sites' outboxes.
 
 sim = FlowerSim(tmp_path, sites={"site-a": "math", "site-b": "logic"})
 sim.call()                       # a signed call in the coordinator's calls/
@@ -14,16 +14,15 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
-from fedcompose_client.flower import make_app
-from fedcompose_coordinator.flower import Outcome, make_server_app
-from fedcompose_coordinator.local_grid import run_locally
-
 from fedcompose.bases import resolve_base
-from fedcompose.call import make_call
+from fedcompose.call import make_call, read_own_call
 from fedcompose.federation import create_federation, enrol, trusted_federation
 from fedcompose.files import write_atomic
 from fedcompose.keys import FileSigner, load_signer, new_key
 from fedcompose.wire import CONTRIBUTION_FILES, RecordDict, request
+from fedcompose_client.flower import make_app
+from fedcompose_coordinator.flower import Outcome, make_server_app, newest_call
+from fedcompose_coordinator.local_grid import run_locally
 
 FEDERATION = "urn:uuid:00000000-0000-4000-8000-000000000001"
 SITES = {"site-a": "math", "site-b": "logic"}
@@ -64,12 +63,10 @@ class FlowerSim:
             "nonce": bytes(range(32)),
         } | changes
         envelope = make_call(self.federation, self.signer, "base", ["adapter", "traces"], **options)
-        write_atomic(self.home / "calls" / f"{options['now']:%Y%m%dt%H%M%Sz}-x.json", envelope)
+        write_atomic(self.home / "calls" / f"{read_own_call(envelope).id}.json", envelope)
         return envelope
 
-    def fill_outbox(
-        self, site: str, size: int = 3000, kinds: tuple[str, ...] = ("adapter", "traces")
-    ) -> None:
+    def fill_outbox(self, site: str, size: int = 3000, kinds: tuple[str, ...] = ("adapter", "traces")) -> None:
         """Random bytes under the names of a contribution; transport does not look into them."""
         source = random.Random(site)
         for kind in kinds:
@@ -92,7 +89,6 @@ class FlowerSim:
 
     def request(self, site: str, **changes: Any) -> RecordDict:
         """What a coordinator sends about the newest call."""
-        from fedcompose_coordinator.flower import newest_call
 
         from fedcompose.call import read_own_call
 
@@ -104,9 +100,8 @@ class FlowerSim:
         self, keys: Path, name: str, role: Any, domain: str | None, envelope: bytes
     ) -> tuple[FileSigner, bytes]:
         key = new_key(keys, name, role, domain, None)
-        return load_signer(key.private), enrol(
-            envelope, key.enrolment.read_bytes(), self.root_signer, self.now
-        )
+        signer, enrolment = load_signer(key.private), key.enrolment.read_bytes()
+        return signer, enrol(envelope, enrolment, self.root_signer, self.now)
 
     def _make_base(self, folder: Path) -> Path:
         """Enough of a base to have a digest."""
@@ -127,6 +122,4 @@ class FlowerSim:
 
 
 def files_of(folder: Path) -> dict[str, bytes]:
-    return {
-        path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()
-    }
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}

@@ -42,7 +42,7 @@ REFUSALS = frozenset(
         "ACTION_UNKNOWN", "BASE_NOT_FOUND", "CALL_BASE", "CALL_EXPIRED", "CALL_FEDERATION", "CALL_ID_TAKEN",
         "CALL_INVALID", "CALL_SITE", "CALL_UNKNOWN", "DOMAIN_UNKNOWN", "ENVELOPE_INVALID", "ENVELOPE_KEY",
         "ENVELOPE_SHAPE", "ENVELOPE_TYPE", "FEDERATION_EXPIRED", "KEY_EXPIRED", "KEY_REVOKED",
-        "MESSAGE_INVALID", "NOT_READY", "TRUST_ROOT_UNKNOWN",
+        "MESSAGE_INVALID", wire.NOT_READY, "TRUST_ROOT_UNKNOWN",
     }
 )  # fmt: skip
 SITE_ERROR = "SITE_ERROR"
@@ -78,9 +78,7 @@ class SiteApp(ClientApp):
         except FedcomposeError as error:
             log.warning("refused an action: %s", error.diagnostics())
             return wire.answer(error.code if error.code in REFUSALS else SITE_ERROR)
-        except (
-            Exception
-        ):  # the outermost frame of a site: what passes here, Flower sends to the other side as text
+        except Exception:  # the outermost frame of a site: what passes here, Flower sends to the other side as text
             log.exception("an action failed")
             return wire.answer(SITE_ERROR)
 
@@ -107,9 +105,7 @@ def accept_call(folder: Path, fields: Mapping[str, Any], now: datetime) -> Recor
     call = verify_call(envelope, _federation(folder, config, now), config.id, now)
     config.domain(call.domain_of(config.id))
     if resolve_base(config.base).digest != call.base.dir_hash:
-        raise RefusedError(
-            "CALL_BASE", f"the call is for the base {call.base.name!a}, and this site builds on another"
-        )
+        raise RefusedError("CALL_BASE", f"the call is for the base {call.base.name!a}, and this site builds on another")
     path = _call_path(folder, call.id)
     if path.exists() and read_limited(path, MAX_CALL_BYTES) != envelope:
         raise RefusedError("CALL_ID_TAKEN", f"another call {call.id} was accepted before")
@@ -157,9 +153,7 @@ def _open_call(folder: Path, fields: Mapping[str, Any], now: datetime) -> tuple[
         raise RefusedError("CALL_UNKNOWN", "no such call was accepted")
     config = load_config(folder)
     federation = _federation(folder, config, now)
-    call = verify_call(
-        read_limited(path, MAX_CALL_BYTES), federation, config.id, now, grace=COLLECTION_PERIOD
-    )
+    call = verify_call(read_limited(path, MAX_CALL_BYTES), federation, config.id, now, grace=COLLECTION_PERIOD)
     if not hmac.compare_digest(call.nonce, nonce):
         raise RefusedError("CALL_UNKNOWN", "the nonce is not that of the call")
     domain = call.domain_of(config.id)
@@ -229,15 +223,13 @@ def _outbox_parts(outbox: Path, call: Call) -> list[Part]:
     required = {f"{kind}/{name}" for kind in kinds for name in wire.CONTRIBUTION_FILES[kind]}
     present = [name for name in wire.part_names(kinds) if os.path.lexists(outbox / name)]
     if not kinds or not required <= set(present):
-        raise RefusedError("NOT_READY", "there is no whole signed contribution in the outbox")
+        raise RefusedError(wire.NOT_READY, "there is no whole signed contribution in the outbox")
     return [_part(outbox, name) for name in present]
 
 
 def _part(outbox: Path, name: str) -> Part:
     with _open_file(outbox / name) as stream:
-        return Part(
-            name, os.fstat(stream.fileno()).st_size, hashlib.file_digest(stream, "sha256").hexdigest()
-        )
+        return Part(name, os.fstat(stream.fileno()).st_size, hashlib.file_digest(stream, "sha256").hexdigest())
 
 
 def _read_slice(outbox: Path, piece: Slice) -> bytes:

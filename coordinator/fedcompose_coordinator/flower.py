@@ -107,15 +107,11 @@ def newest_call(home: Path) -> bytes:
     """
     calls = sorted((home / "calls").glob("*.json"))
     if not calls:
-        raise ConfigError(
-            "CALL_MISSING", f"there is no call in {home / 'calls'}", fix="fedcompose coordinator call"
-        )
+        raise ConfigError("CALL_MISSING", f"there is no call in {home / 'calls'}", fix="fedcompose coordinator call")
     return read_limited(calls[-1], MAX_CALL_BYTES)
 
 
-def take_step(
-    grid: Grid, step: Step, exchanges: Sequence[Exchange], node_timeout_s: float
-) -> Iterator[Outcome]:
+def take_step(grid: Grid, step: Step, exchanges: Sequence[Exchange], node_timeout_s: float) -> Iterator[Outcome]:
     """Ask every site, a few at a time; a site that fails or is not there does not stop the others."""
     nodes = _nodes(grid, [exchange.site.id for exchange in exchanges], node_timeout_s)
     for exchange in exchanges:
@@ -179,9 +175,7 @@ def _continue(conversation: Conversation, reply: Message | None) -> tuple[Action
     if reply is None:
         return conversation.throw(MissingError("SITE_SILENT", "no reply came in time"))
     if not reply.has_content():
-        failure = MissingError(
-            "SITE_FAILED", "Flower could not bring a reply", got=f"error {reply.error.code}"
-        )
+        failure = MissingError("SITE_FAILED", "Flower could not bring a reply", got=f"error {reply.error.code}")
         return conversation.throw(failure)
     return conversation.send(reply.content)
 
@@ -193,15 +187,19 @@ def _send_call(exchange: Exchange) -> Conversation:
 
 
 def _collect(exchange: Exchange) -> Conversation:
-    """Ask a site how far it is and, when it is ready, fetch what it signed."""
+    """Fetch what a site signed or, when there is nothing yet, ask how far it is."""
     site = exchange.site
-    status = wire.read_status((yield "status", _request(exchange)))
-    if status.state != "ready":
-        return Outcome(site.id, site.domain, "NOT_READY", status)
     inbox = exchange.home / "inbox" / site.id / site.domain
-    parts = yield from _fetch(exchange, inbox)
+    try:
+        parts = yield from _fetch(exchange, inbox)
+    except RefusedError as error:
+        if error.code != wire.NOT_READY:
+            raise
+        status = wire.read_status((yield "status", _request(exchange)))
+        return Outcome(site.id, site.domain, wire.NOT_READY, status)
     kinds = sorted({part.name.partition("/")[0] for part in parts})
-    return Outcome(site.id, site.domain, wire.ACCEPTED, status, tuple(str(inbox / kind) for kind in kinds))
+    folders = tuple(str(inbox / kind) for kind in kinds)
+    return Outcome(site.id, site.domain, wire.ACCEPTED, Status("ready"), folders)
 
 
 CONVERSATIONS: Mapping[Step, Callable[[Exchange], Conversation]] = {"call": _send_call, "collect": _collect}

@@ -89,9 +89,7 @@ class LocalGrid(Grid):
         done = [id_ for id_ in message_ids if id_ in self._replies and self._replies[id_].done()]
         return [self._replies.pop(id_).result() for id_ in done]
 
-    def send_and_receive(
-        self, messages: Iterable[Message], *, timeout: float | None = None
-    ) -> Iterable[Message]:
+    def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
         ids = list(self.push_messages(messages))
         wait([self._replies[id_] for id_ in ids], timeout)
         return self.pull_messages(ids)
@@ -118,9 +116,7 @@ class LocalGrid(Grid):
         try:
             reply = self._apps[node](message, self._contexts[node])
         except Exception as error:  # whatever an app raises is its node's error reply, as with a SuperNode
-            reply = Message(
-                Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, type(error).__name__), reply_to=message
-            )
+            reply = Message(Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, type(error).__name__), reply_to=message)
         reply.metadata.__dict__["_message_id"] = uuid.uuid4().hex
         return reply
 
