@@ -182,9 +182,7 @@ class Federation(_Document):
         for site in self.sites:
             if site.id == site_id:
                 return site
-        raise RefusedError(
-            "SITE_UNKNOWN", f"version {self.version} of the federation has no site {site_id!a}"
-        )
+        raise RefusedError("SITE_UNKNOWN", f"version {self.version} of the federation has no site {site_id!a}")
 
     def site_key(self, keyid: str, at: datetime) -> tuple[Site, Key]:
         """The active site whose key this is, if the key counted at `at`.
@@ -243,15 +241,12 @@ def enrol(envelope: bytes, enrolment: bytes, root: Signer, now: datetime) -> byt
     An expired file can be continued: the root's own signature is on it.
 
     Raises: RefusedError: when either document fails its checks. ConfigError: `ENROLMENT_ROLE`,
-        `FEDERATION_SIGNERS` (not a root's key, or too few of them), `FEDERATION_INPUT` (say, an id or key
+        `FEDERATION_SIGNERS` (not a root that signed, or too few), `FEDERATION_INPUT` (say, an id or key
         already in use).
     """
     payload, federation, signed = _open(envelope)
-    if root.keyid not in {known.keyid for known in federation.roots}:
-        raise ConfigError(
-            "FEDERATION_SIGNERS", "that key is no root of this federation", got=f"key {root.keyid}"
-        )
-    _check_given(federation, signed, [root.keyid])
+    if root.keyid not in signed:
+        raise ConfigError("FEDERATION_SIGNERS", "that key did not sign this federation file", got=f"key {root.keyid}")
     document = federation.model_dump(mode="json", by_alias=True) | {
         "version": federation.version + 1,
         "previous": sha256_hex(payload),
@@ -271,13 +266,9 @@ def sign_federation(document: Mapping[str, Any], roots: Sequence[Signer]) -> byt
         federation = Federation.model_validate(document)
     except ValidationError as error:
         reason = _first_problem(error)
-        raise ConfigError(
-            "FEDERATION_INPUT", "that would not be a valid federation file", got=reason
-        ) from error
+        raise ConfigError("FEDERATION_INPUT", "that would not be a valid federation file", got=reason) from error
     if len({root.keyid for root in roots} & {root.keyid for root in federation.roots}) < federation.threshold:
-        raise ConfigError(
-            "FEDERATION_SIGNERS", "too few roots sign", expected=f"{federation.threshold} of its roots"
-        )
+        raise ConfigError("FEDERATION_SIGNERS", "too few roots sign", expected=f"{federation.threshold} of its roots")
     return sign_envelope(dump_json(federation.model_dump(mode="json", by_alias=True)), FEDERATION_TYPE, roots)
 
 
@@ -302,9 +293,7 @@ def _add_member(document: dict[str, Any], enrolment: Enrolment, now: datetime) -
     elif enrolment.role == "coordinator":
         document["coordinators"].append({"id": enrolment.id, "keys": [key]})
     else:
-        raise ConfigError(
-            "ENROLMENT_ROLE", "a root is named when a federation begins, not enrolled afterwards"
-        )
+        raise ConfigError("ENROLMENT_ROLE", "a root is named when a federation begins, not enrolled afterwards")
 
 
 # --- believing a version --------------------------------------------------------------------------
@@ -335,9 +324,7 @@ def verify_federation(envelope: bytes, *, root_fingerprints: Collection[str], no
     return federation
 
 
-def trusted_federation(
-    envelope: bytes, root_fingerprints: Collection[str] | None, now: datetime
-) -> Federation:
+def trusted_federation(envelope: bytes, root_fingerprints: Collection[str] | None, now: datetime) -> Federation:
     """The federation file, checked against what this machine has pinned, and then pinned itself.
 
     The first time a person must give fingerprints, got from the roots in some other way than with the file.
@@ -378,9 +365,7 @@ def _open(envelope: bytes) -> tuple[bytes, Federation, frozenset[str]]:
         federation = Federation.model_validate(parse_json(payload, "the federation file"))
     except ValidationError as error:
         reason = _first_problem(error)
-        raise RefusedError(
-            "FEDERATION_INVALID", "not a federation file of this version", got=reason
-        ) from error
+        raise RefusedError("FEDERATION_INVALID", "not a federation file of this version", got=reason) from error
     roots = {root.keyid: root.public_key.encode() for root in federation.roots}
     signed = verify_envelope(envelope, FEDERATION_TYPE, roots).keyids
     if len(signed) < federation.threshold:
@@ -464,9 +449,7 @@ def _check_pin(pin: Pin, federation: Federation, signed: frozenset[str], sha256:
             fix="do not trust either until the roots have explained it",
         )
     if federation.version == pin.version + 1 and federation.previous != pin.sha256:
-        raise RefusedError(
-            "FEDERATION_FORK", f"this file does not follow the version {pin.version} seen before"
-        )
+        raise RefusedError("FEDERATION_FORK", f"this file does not follow the version {pin.version} seen before")
     if len(signed & set(pin.roots)) < pin.threshold:
         raise RefusedError(
             "TRUST_ROOT_UNKNOWN",

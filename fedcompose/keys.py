@@ -138,9 +138,7 @@ def public_key_bytes(text: str) -> bytes:
 
     Raises: RefusedError: `KEY_UNUSABLE`.
     """
-    public_pem = text.encode(
-        "ascii", "replace"
-    )  # what is not ASCII is not canonical PEM and fails the next line
+    public_pem = text.encode("ascii", "replace")  # what is not ASCII is not canonical PEM and fails the next line
     load_public_key(public_pem)
     return public_pem
 
@@ -163,9 +161,7 @@ def load_signer(path: Path, passphrase_file: Path | None = None) -> FileSigner:
             raise ConfigError("PASSPHRASE_WRONG", f"the passphrase does not open {path}") from error
         raise ConfigError("KEY_UNREADABLE", f"{path} is not a private key in PEM form") from error
     if not isinstance(key, ec.EllipticCurvePrivateKey) or key.curve.name not in ("secp256r1", "secp384r1"):
-        raise ConfigError(
-            "KEY_UNREADABLE", f"{path} is another kind of key", expected="ECDSA on P-256 or P-384"
-        )
+        raise ConfigError("KEY_UNREADABLE", f"{path} is another kind of key", expected="ECDSA on P-256 or P-384")
     return _signer(key)
 
 
@@ -265,9 +261,7 @@ def _read_private(path: Path) -> bytes:
         ) from error
     with os.fdopen(descriptor, "rb") as stream:
         if os.fstat(descriptor).st_mode & 0o077:
-            raise ConfigError(
-                "KEY_EXPOSED", f"others may use the private key {path}", fix=f"chmod 600 {path}"
-            )
+            raise ConfigError("KEY_EXPOSED", f"others may use the private key {path}", fix=f"chmod 600 {path}")
         return stream.read(MAX_KEY_FILE_BYTES)
 
 

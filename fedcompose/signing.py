@@ -205,9 +205,7 @@ def verify_files(bundle: bytes, public_pem: bytes) -> SignedFiles:
     read = _read_bundle(bundle)
     keyid = keyid_of(public_pem)
     if read.hint != keyid:
-        raise RefusedError(
-            "SIGNATURE_KEY", "signed with another key", expected=f"key {keyid}", got=f"key {read.hint}"
-        )
+        raise RefusedError("SIGNATURE_KEY", "signed with another key", expected=f"key {keyid}", got=f"key {read.hint}")
     check_signature(public_pem, read.signature, _pae(STATEMENT_PAYLOAD_TYPE, read.payload))
     name, digests = _read_statement(read.payload)
     return SignedFiles(name, digests, sha256_hex(read.payload), keyid)
@@ -264,9 +262,7 @@ def _check_serialization(shape: _Shape, value: Any) -> None:
     shape.equal(serialization["hash_type"], "sha256", "hash_type")
     if serialization["allow_symlinks"] is not False:
         shape.refuse("allow_symlinks is not false")
-    if not all(
-        isinstance(path, str) for path in shape.array(serialization.get("ignore_paths", []), "ignore_paths")
-    ):
+    if not all(isinstance(path, str) for path in shape.array(serialization.get("ignore_paths", []), "ignore_paths")):
         shape.refuse("ignore_paths holds something other than text")
 
 
@@ -306,9 +302,7 @@ def _file_name(shape: _Shape, name: Any) -> str:
 def _model_name(name: Any) -> str:
     """The folder's name at signing time; only informative, so anything printable will do."""
     if not isinstance(name, str) or not 0 < len(name) <= MAX_NAME_CHARS or not name.isprintable():
-        raise RefusedError(
-            "SIGNATURE_STATEMENT", "the signed name is not printable text of at most 255 characters"
-        )
+        raise RefusedError("SIGNATURE_STATEMENT", "the signed name is not printable text of at most 255 characters")
     return name
 
 
@@ -335,9 +329,7 @@ def sign_envelope(payload: bytes, payload_type: str, signers: Sequence[Signer]) 
         {
             "payload": _encode(payload),
             "payloadType": payload_type,
-            "signatures": [
-                {"keyid": signer.keyid, "sig": _encode(signer.sign(message))} for signer in signers
-            ],
+            "signatures": [{"keyid": signer.keyid, "sig": _encode(signer.sign(message))} for signer in signers],
         }
     )
 
@@ -355,9 +347,7 @@ def verify_envelope(envelope: bytes, payload_type: str, public_pems: Mapping[str
     message = _pae(payload_type, payload)
     for keyid, public_pem in public_pems.items():
         if keyid_of(public_pem) != keyid:
-            raise RefusedError(
-                "ENVELOPE_KEY", "a trusted key is listed under a fingerprint that is not its own"
-            )
+            raise RefusedError("ENVELOPE_KEY", "a trusted key is listed under a fingerprint that is not its own")
     known = signatures.keys() & public_pems.keys()
     if not known:
         raise RefusedError(
@@ -441,9 +431,7 @@ class _Shape:
         self, value: Any, required: AbstractSet[str], optional: AbstractSet[str] = frozenset()
     ) -> dict[str, Any]:
         if not isinstance(value, dict) or not required <= value.keys() <= required | optional:
-            self.refuse(
-                f"expected an object with exactly the fields {', '.join(sorted(required | optional))}"
-            )
+            self.refuse(f"expected an object with exactly the fields {', '.join(sorted(required | optional))}")
         return value
 
     def array(self, value: Any, what: str) -> list[Any]:

@@ -28,9 +28,7 @@ from fedcompose.federation import (
 from fedcompose.files import MAX_JSON_BYTES, read_limited, write_atomic
 from fedcompose.keys import load_signer
 
-app = typer.Typer(
-    no_args_is_help=True, help="The federation file: who belongs, with which keys, on which base."
-)
+app = typer.Typer(no_args_is_help=True, help="The federation file: who belongs, with which keys, on which base.")
 
 RootKey = Annotated[Path, typer.Option(help="The root's private key.")]
 File = Annotated[Path, typer.Option("--federation", help="The federation file.")]
@@ -49,9 +47,7 @@ def init(
     root_key: RootKey,
     base: Annotated[
         list[str],
-        typer.Option(
-            help="A base to build on: an alias, folder or hub id that is here, or NAME=DIRHASH. Repeatable."
-        ),
+        typer.Option(help="A base to build on: an alias, folder or hub id that is here, or NAME=DIRHASH. Repeatable."),
     ],
     file: Annotated[Path, typer.Option("--out", help="The federation file to write.")] = DEFAULT_FILE,
     passphrase_file: PassphraseFile = None,

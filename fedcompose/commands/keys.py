@@ -26,9 +26,7 @@ app = typer.Typer(no_args_is_help=True, help="Signing keys: one per site, coordi
 
 PassphraseFile = Annotated[
     Path | None,
-    typer.Option(
-        help=f"Read the passphrase from this file and do not ask; {PASSPHRASE_FILE_VARIABLE} names one too."
-    ),
+    typer.Option(help=f"Read the passphrase from this file and do not ask; {PASSPHRASE_FILE_VARIABLE} names one too."),
 ]
 
 
@@ -100,9 +98,7 @@ def _describe(file: Path, passphrase_file: Path | None) -> dict[str, Any]:
         public_pem = enrolment.public_key.encode()
         about = {"id": enrolment.id, "role": enrolment.role, "domain": enrolment.domain, "proof": "valid"}
     else:
-        public_pem = (
-            data if data.startswith(b"-----BEGIN PUBLIC") else load_signer(file, passphrase_file).public_pem
-        )
+        public_pem = data if data.startswith(b"-----BEGIN PUBLIC") else load_signer(file, passphrase_file).public_pem
         about = {}
     return {"fingerprint": keyid_of(public_pem), "curve": load_public_key(public_pem).curve.name, **about}
 
