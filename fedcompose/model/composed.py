@@ -33,9 +33,7 @@ MAX_ROUTER_BYTES = 64 << 20  # 1,000 experts on a hidden size of 16,384
 _PEFT_NAME = "default"  # PEFT's own name for the only adapter
 
 
-def load(
-    path: Path | str, root_fingerprints: Sequence[str] = (), base: Base | None = None
-) -> tuple[Any, Any]:
+def load(path: Path | str, root_fingerprints: Sequence[str] = (), base: Base | None = None) -> tuple[Any, Any]:
     """Verify the release in `path`, then load it: (model, tokenizer). See `load_release`.
 
     Raises: RefusedError: when anything in the release is not what its signatures say; nothing is loaded then.
@@ -182,9 +180,7 @@ def merge_attention(model: Any, folder: Path) -> None:
     for name, update in expert.updates.items():
         linear = _linear(model, name)
         if linear is None or name.rpartition(".")[2] not in ATTENTION_TARGETS:
-            raise RefusedError(
-                "COMPOSE_TARGETS", "the attention LoRA changes something else", got=ascii(name)
-            )
+            raise RefusedError("COMPOSE_TARGETS", "the attention LoRA changes something else", got=ascii(name))
         _check_shape(linear, name, (len(update.b), update.a.shape[1]))
         with torch.no_grad():
             weight = linear.weight

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from fedcompose.adapter import read_adapter
+from fedcompose.adapter import Adapter, read_adapter
 from fedcompose.model.router import RoutingContext
 
 TARGETS = ("gate_proj", "up_proj", "down_proj")
@@ -51,12 +51,16 @@ def load_expert(folder: Path, base_shapes: Mapping[str, tuple[int, int]] | None 
 
     Raises: RefusedError: as `fedcompose.adapter.parse_adapter`.
     """
-    adapter = read_adapter(folder, base_shapes)
+    return make_expert(folder.name, read_adapter(folder, base_shapes))
+
+
+def make_expert(name: str, adapter: Adapter) -> Expert:
+    """A checked adapter as tensors, float32 whatever it was stored in."""
     updates = {}
     for module in adapter.modules():
         a, b = (torch.tensor(stored.float32()) for stored in adapter.pair(module))
         updates[module] = Update(a, b, adapter.config.scale(module))
-    return Expert(folder.name, updates)
+    return Expert(name, updates)
 
 
 class PackedExperts(nn.Module):
@@ -72,9 +76,7 @@ class PackedExperts(nn.Module):
         super().__init__()
         present = [(index, update) for index, update in enumerate(updates) if update is not None]
         a = torch.cat([update.a for _, update in present])
-        b = torch.cat(
-            [update.scale * update.b.double() for _, update in present], dim=1
-        )  # rounded once, below
+        b = torch.cat([update.scale * update.b.double() for _, update in present], dim=1)  # rounded once, below
         owner = torch.cat([torch.full((len(update.a),), index) for index, update in present])
         # Not persistent: a release carries the sites' own files, never a re-saved copy.
         self.register_buffer("a", a.to(like), persistent=False)

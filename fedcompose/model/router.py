@@ -82,9 +82,7 @@ class FixedRouter(nn.Module):
         self.expert, self.experts = expert, experts
 
     def forward(self, hidden_states: Tensor) -> RoutingDecision:
-        return _one_hot(
-            torch.full(hidden_states.shape[:-1], self.expert, device=hidden_states.device), self.experts
-        )
+        return _one_hot(torch.full(hidden_states.shape[:-1], self.expert, device=hidden_states.device), self.experts)
 
 
 class RandomRouter(nn.Module):

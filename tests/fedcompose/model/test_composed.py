@@ -117,18 +117,14 @@ def test_padding_changes_nothing(base: Base, experts: list[Path]) -> None:
     mask = torch.cat([torch.zeros_like(pad), torch.ones_like(ids)], dim=1)
     alone = model(ids).logits
 
-    left = model(
-        torch.cat([pad, ids], 1), attention_mask=mask, position_ids=(mask.cumsum(1) - 1).clamp(0)
-    ).logits
+    left = model(torch.cat([pad, ids], 1), attention_mask=mask, position_ids=(mask.cumsum(1) - 1).clamp(0)).logits
     right = model(torch.cat([ids, pad], 1), attention_mask=mask.flip(1)).logits
 
     torch.testing.assert_close(left[:, 4:], alone, rtol=0, atol=1e-5)
     torch.testing.assert_close(right[:, :-4], alone, rtol=0, atol=1e-5)
 
 
-def test_the_router_is_registered_once_and_is_all_that_can_be_trained(
-    base: Base, experts: list[Path]
-) -> None:
+def test_the_router_is_registered_once_and_is_all_that_can_be_trained(base: Base, experts: list[Path]) -> None:
     model = _compose(base, experts, Router(32, 3))
 
     trainable = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
@@ -243,9 +239,7 @@ def test_refuses_an_attention_lora_that_changes_the_mlp(base: Base, experts: lis
 
 
 @torch.no_grad()
-def test_loads_a_verified_release_only_on_its_own_base(
-    base: Base, experts: list[Path], tmp_path: Path
-) -> None:
+def test_loads_a_verified_release_only_on_its_own_base(base: Base, experts: list[Path], tmp_path: Path) -> None:
     model = _trained(base, experts)
     _save(model, tmp_path)
     for site, folder in zip("abc", experts, strict=True):

@@ -17,9 +17,7 @@ def _updates(ranks: tuple[int | None, ...]) -> list[Update | None]:
     generator = torch.Generator().manual_seed(3)
 
     def one(rank: int, scale: float) -> Update:
-        return Update(
-            torch.randn(rank, IN, generator=generator), torch.randn(OUT, rank, generator=generator), scale
-        )
+        return Update(torch.randn(rank, IN, generator=generator), torch.randn(OUT, rank, generator=generator), scale)
 
     return [one(rank, 0.5 + index) if rank else None for index, rank in enumerate(ranks)]
 

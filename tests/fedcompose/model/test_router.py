@@ -32,9 +32,7 @@ def test_ties_go_to_the_lower_index() -> None:
 
 
 def test_the_straight_through_gradient_is_the_textbook_one() -> None:
-    logits = torch.randn(
-        7, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(1)
-    ).requires_grad_()
+    logits = torch.randn(7, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(1)).requires_grad_()
     upstream = torch.randn(7, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
 
     (hard_top1(logits).weights * upstream).sum().backward()

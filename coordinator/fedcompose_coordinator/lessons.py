@@ -1,0 +1,116 @@
+"""Lessons: what the router and the attention LoRA learn from, and the order in which they see it.
+
+A lesson is one verified turn of a known domain. Lessons come from the sites' traces: a prompt that a
+declared generator made is made again here, an answer is checked again here, and a prompt of the test split is
+left out, because the candidate will be measured on those.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from fedcompose.contribution import VerifiedContribution
+from fedcompose.errors import ConfigError
+from fedcompose.model.lm import completion_ids, prompt_ids
+from fedcompose.tasks import Example, Origin, generate, get_task, split_of
+from fedcompose.traces import Trace
+
+MAX_LESSON_TOKENS = 2048  # longer lessons are left out and counted; bounds memory
+MAX_BATCH_TOKENS = 1536  # of one forward and backward pass, padding included; bounds memory
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """The user's text and the completion to learn."""
+
+    domain: str
+    prompt: str
+    completion: str
+
+
+@dataclass(frozen=True)
+class Row:
+    """A lesson as token ids; the first `prompt` of them are given, the others are learned."""
+
+    domain: int
+    ids: tuple[int, ...]
+    prompt: int
+
+
+def lessons_of(contributions: Iterable[VerifiedContribution]) -> list[Lesson]:
+    """What the trace contributions among `contributions` teach; traces that do not verify teach nothing.
+
+    Raises: RefusedError: `FILE_CHANGED`. ConfigError: `TASK_UNKNOWN`, `GENERATOR_UNKNOWN`.
+    """
+    sets = ((each.domain, each.traces()) for each in contributions if each.kind == "traces")
+    found = (lesson_of(trace, domain) for domain, traces in sets for trace in traces)
+    return [lesson for lesson in found if lesson]
+
+
+def lesson_of(trace: Trace, domain: str) -> Lesson | None:
+    """The lesson in a trace; None when its answer is wrong, its prompt unknown or of the test split."""
+    example = _example(trace)
+    task = get_task(trace.task)
+    if example is None or not task.is_correct(trace.completion, example.answer):
+        return None
+    return Lesson(domain, task.prompt(example.question), trace.completion)
+
+
+def encode(tokenizer: Any, lessons: Iterable[Lesson], domains: Sequence[str]) -> list[Row]:
+    """Token ids of every lesson that is short enough; `Row.domain` is an index into `domains`.
+
+    Raises: ConfigError: `COMPOSE_NO_LESSONS` when a domain, or everything, is left without any.
+    """
+    rows = []
+    for lesson in lessons:
+        prompt = prompt_ids(tokenizer, lesson.prompt)
+        completion = completion_ids(tokenizer, lesson.completion)
+        if len(prompt) + len(completion) <= MAX_LESSON_TOKENS:
+            rows.append(Row(domains.index(lesson.domain), (*prompt, *completion), len(prompt)))
+    missing = set(range(len(domains))) - {row.domain for row in rows}
+    if missing or not rows:
+        raise ConfigError(
+            "COMPOSE_NO_LESSONS",
+            "there is nothing to train the router on",
+            expected=f"lessons of at most {MAX_LESSON_TOKENS} tokens in every domain",
+            got="none in " + (", ".join(domains[index] for index in sorted(missing)) or "any domain"),
+            fix="receive the sites' traces, or let the coordinator sample the experts",
+        )
+    return rows
+
+
+def plan_batches(rows: Sequence[Row], batch: int, steps: int, seed: int) -> list[list[Row]]:
+    """The rows of every step: equally many of each domain, all of a domain before any of it comes again."""
+    rng = random.Random(seed)
+    domains = sorted({row.domain for row in rows})
+    share = max(1, batch // len(domains))
+    streams = [_endless([row for row in rows if row.domain == domain], rng) for domain in domains]
+    return [[next(stream) for stream in streams for _ in range(share)] for _ in range(steps)]
+
+
+def micro_batches(rows: Sequence[Row], max_tokens: int = MAX_BATCH_TOKENS) -> list[list[Row]]:
+    """Rows of like length together, each part at most `max_tokens` with its padding."""
+    parts: list[list[Row]] = []
+    for row in sorted(rows, key=lambda row: len(row.ids)):
+        if parts and len(row.ids) * (len(parts[-1]) + 1) <= max_tokens:
+            parts[-1].append(row)
+        else:
+            parts.append([row])
+    return parts
+
+
+def _example(trace: Trace) -> Example | None:
+    if trace.generator is not None and trace.seed is not None:
+        example = generate(Origin(trace.generator, trace.config or {}, trace.seed))
+        return example if split_of(example.question) == "train" else None
+    if trace.question is not None and trace.answer is not None:
+        return Example(trace.question, trace.answer)
+    return None
+
+
+def _endless(rows: list[Row], rng: random.Random) -> Iterator[Row]:
+    while True:
+        yield from rng.sample(rows, len(rows))
