@@ -128,6 +128,10 @@ def _load(path: Path, text_columns: Collection[str]) -> list[dict[str, Any]]:
                 rows = datasets.Dataset.from_json(str(path), **options).to_list()
         except datasets.exceptions.DatasetsError as error:
             raise ValueError("datasets could not read the file") from error
+        except ValueError as error:
+            if "corresponds to no data" not in str(error):  # its words for a file without rows
+                raise
+            rows = []
     return cast(list[dict[str, Any]], rows)
 
 

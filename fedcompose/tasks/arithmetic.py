@@ -61,9 +61,7 @@ def _modular(source: Random, config: ModularConfig) -> Example:
     product, total = a * b, a * b + c
     quotient, rest = divmod(total, modulus)
     steps = f"{a}*{b}={product}, {product}+{c}={total}, {quotient}*{modulus}={quotient * modulus}, "
-    return Example(
-        f"What is ({a}*{b} + {c}) mod {modulus}?", str(rest), f"{steps}{total}-{quotient * modulus}={rest}."
-    )
+    return Example(f"What is ({a}*{b} + {c}) mod {modulus}?", str(rest), f"{steps}{total}-{quotient * modulus}={rest}.")
 
 
 class RemainderConfig(GeneratorConfig):

@@ -30,9 +30,7 @@ def _clock(source: Random, config: ClockConfig) -> Example:
     if minute + minutes >= 60:
         steps.append(f"{minute + minutes}-60={minute + minutes - 60}")
         steps.append(f"{hour + hours}+1={hour + hours + 1}")
-    return Example(
-        f"What time is {added} minutes after {_time(start)}?", _time(start + added), f"{', '.join(steps)}."
-    )
+    return Example(f"What time is {added} minutes after {_time(start)}?", _time(start + added), f"{', '.join(steps)}.")
 
 
 def _duration(source: Random, config: ClockConfig) -> Example:

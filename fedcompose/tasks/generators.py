@@ -46,9 +46,7 @@ class Generator(Generic[ConfigT]):
     def generate(self, config: Mapping[str, JSON], seed: int) -> Example:
         """Raises: ConfigError: `TASK_CONFIG`."""
         settings = self.settings(config)
-        changed = settings.model_dump(
-            exclude_defaults=True
-        )  # so that a new field does not change old problems
+        changed = settings.model_dump(exclude_defaults=True)  # so that a new field does not change old problems
         source = random.Random(f"{self.name}:{json.dumps(changed, sort_keys=True)}:{seed}")
         return replace(self.make(source, settings), origin=Origin(self.name, dict(config), seed))
 

@@ -18,10 +18,9 @@ from fedcompose.tasks.answer_line import AnswerLine
 
 MAX_NUMBER_CHARS = 40
 MAX_LATEX_CHARS = 60
+MAX_BRACKETS = 12  # the LaTeX reader takes exponential time in their depth
 _DIGITS = r"(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|\.\d+"
-_PLAIN = re.compile(
-    rf"[$€£]?(?P<sign>[-+−]?)[$€£]?(?P<number>{_DIGITS})(?:\s*/\s*(?P<below>\d+))?\s*(?P<percent>%?)"
-)
+_PLAIN = re.compile(rf"[$€£]?(?P<sign>[-+−]?)[$€£]?(?P<number>{_DIGITS})(?:\s*/\s*(?P<below>\d+))?\s*(?P<percent>%?)")
 _IN_TEXT = re.compile(rf"(?<![\w.])(?:[-−](?=[$€£]?[\d.]))?[$€£]?(?:{_DIGITS})(?:/\d+)?%?")
 # What math-verify may see: short numbers, operators, a few commands, one exponent of at most two digits.
 _LATEX = re.compile(
@@ -86,7 +85,10 @@ def _is_closed_form(text: str) -> bool:
     """
     if len(text) > MAX_LATEX_CHARS or not _LATEX.fullmatch(text) or not _CLOSED_FORM.search(text):
         return False
-    if any(text.count(left) != text.count(right) for left, right in ("()", "{}")) or text.count("^") > 1:
+    brackets = [text.count(bracket) for bracket in "(){}"]
+    if brackets[0] != brackets[1] or brackets[2] != brackets[3] or sum(brackets) > MAX_BRACKETS:
+        return False
+    if text.count("^") > 1:
         return False
     return bool(_IRRATIONAL.search(text)) or not _OPERATOR.search(text)
 

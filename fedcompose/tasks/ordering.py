@@ -40,9 +40,7 @@ def _largest_choice(source: Random, config: ChoiceConfig) -> Example:
     numbers = source.sample(range(1, config.max_number + 1), config.count)
     best = [max(range(i + 1), key=numbers.__getitem__) for i in range(config.count)]
     steps = " ".join(f"{LETTERS[i]}{numbers[i]}" for i in best)
-    return Example(
-        render_choices("Which is largest?", [str(n) for n in numbers]), LETTERS[best[-1]], f"{steps}."
-    )
+    return Example(render_choices("Which is largest?", [str(n) for n in numbers]), LETTERS[best[-1]], f"{steps}.")
 
 
 def _closest_choice(source: Random, config: ChoiceConfig) -> Example:

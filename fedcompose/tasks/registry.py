@@ -90,9 +90,7 @@ def training(name: str, config: Mapping[str, JSON], count: int, first_seed: int 
     return _distinct(name, config, "train", count, first_seed)
 
 
-def _distinct(
-    name: str, config: Mapping[str, JSON], split: Split, count: int, first_seed: int
-) -> list[Example]:
+def _distinct(name: str, config: Mapping[str, JSON], split: Split, count: int, first_seed: int) -> list[Example]:
     generator = get_generator(name)
     return distinct(lambda seed: generator.generate(config, seed), split, count, first_seed)
 

@@ -68,9 +68,7 @@ REFUSED_EVENTS = (
     "os.kill", "os.killpg", "os.chown", "os.chmod", "os.chflags", "os.setxattr", "os.truncate",
     "signal.pthread_kill", "resource.", "shutil.", "pty.", "webbrowser.", "ftplib.", "urllib.",
 )  # fmt: skip
-REFUSED_MODULES = frozenset(
-    {"_socket", "_ctypes", "ctypes", "_posixsubprocess", "resource", "_multiprocessing"}
-)
+REFUSED_MODULES = frozenset({"_socket", "_ctypes", "ctypes", "_posixsubprocess", "resource", "_multiprocessing"})
 WRITING_EVENTS = frozenset({"os.remove", "os.rename", "os.rmdir", "os.mkdir", "os.link", "os.symlink"})
 
 
@@ -137,9 +135,7 @@ def filter_syscalls(libc: ctypes.CDLL) -> bool:
     ]
     code = ctypes.create_string_buffer(b"".join(struct.pack("=HBBI", *line) for line in program))
     header = ctypes.create_string_buffer(struct.pack("@HP", len(program), ctypes.addressof(code)))
-    return promise_no_rights(libc) and bool(
-        libc.prctl(PR_SET_SECCOMP, SECCOMP_MODE_FILTER, header, 0, 0) == 0
-    )
+    return promise_no_rights(libc) and bool(libc.prctl(PR_SET_SECCOMP, SECCOMP_MODE_FILTER, header, 0, 0) == 0)
 
 
 def watch(folder: str) -> None:
