@@ -78,17 +78,13 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "velora_config": (None,),
 }
 # Read by nobody: they say how training went or name a place on the site's machine.
-IGNORED = frozenset(
-    {"base_model_name_or_path", "lora_dropout", "peft_version", "qalora_group_size", "revision"}
-)
+IGNORED = frozenset({"base_model_name_or_path", "lora_dropout", "peft_version", "qalora_group_size", "revision"})
 BASE_NAME = "see provenance.json"
 
 Number = TypeVar("Number", int, float)
 Rank = Annotated[int, Field(strict=True, ge=1, le=MAX_RANK)]
 Alpha = Annotated[float, Field(strict=True, gt=0, le=MAX_RANK * MAX_SCALE, allow_inf_nan=False)]
-ModuleName = Annotated[
-    str, Field(strict=True, max_length=MAX_NAME_CHARS, pattern=rf"^{MODULE_NAME.pattern}$")
-]
+ModuleName = Annotated[str, Field(strict=True, max_length=MAX_NAME_CHARS, pattern=rf"^{MODULE_NAME.pattern}$")]
 
 
 class AdapterConfig(BaseModel):
@@ -177,9 +173,7 @@ def read_adapter(folder: Path, base_shapes: Mapping[str, tuple[int, int]] | None
     return parse_adapter(config, read_limited(folder / WEIGHTS_FILE, MAX_WEIGHTS_BYTES), base_shapes)
 
 
-def parse_adapter(
-    config: bytes, weights: bytes, base_shapes: Mapping[str, tuple[int, int]] | None
-) -> Adapter:
+def parse_adapter(config: bytes, weights: bytes, base_shapes: Mapping[str, tuple[int, int]] | None) -> Adapter:
     """Check an adapter's two files, given as bytes, in full.
 
     With `base_shapes` the tensors must be exactly those the configuration implies on that base. Without (a
@@ -325,9 +319,7 @@ def _validated(values: dict[str, Any]) -> AdapterConfig:
     alphas = [config.lora_alpha, *config.alpha_pattern.values()]
     ranks = [config.r, *config.rank_pattern.values()]
     if max(alphas) / min(ranks) > MAX_SCALE:
-        raise RefusedError(
-            "ADAPTER_INVALID", "alpha is too large for the rank", expected=f"alpha/r <= {MAX_SCALE:g}"
-        )
+        raise RefusedError("ADAPTER_INVALID", "alpha is too large for the rank", expected=f"alpha/r <= {MAX_SCALE:g}")
     return config
 
 
@@ -337,11 +329,7 @@ def _invalid(reason: str) -> NoReturn:
 
 def _entry(name: str, value: Any) -> tuple[str, int, int, str, tuple[int, ...]]:
     """One header entry as (name, begin, end, dtype, shape), its size checked against its shape."""
-    if (
-        not isinstance(value, dict)
-        or set(value) != {"dtype", "shape", "data_offsets"}
-        or len(name) > MAX_NAME_CHARS
-    ):
+    if not isinstance(value, dict) or set(value) != {"dtype", "shape", "data_offsets"} or len(name) > MAX_NAME_CHARS:
         _invalid("a header entry with other fields")
     dtype, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
     if dtype not in ("F32", "F16", "BF16"):
@@ -354,9 +342,7 @@ def _entry(name: str, value: Any) -> tuple[str, int, int, str, tuple[int, ...]]:
 
 
 def _positive(values: Any, least: int) -> bool:
-    return isinstance(values, list) and all(
-        type(value) is int and least <= value < 1 << 40 for value in values
-    )
+    return isinstance(values, list) and all(type(value) is int and least <= value < 1 << 40 for value in values)
 
 
 def _check_names(adapter: Adapter, base_shapes: Mapping[str, tuple[int, int]] | None) -> None:
@@ -366,9 +352,7 @@ def _check_names(adapter: Adapter, base_shapes: Mapping[str, tuple[int, int]] | 
     targeted = {module for module in linears if adapter.config.targets(module)}
     expected = {tensor_name(module, side) for module in targeted for side in "AB"}
     names = set(adapter.tensors)
-    unused = [
-        target for target in adapter.config.target_modules if not any(_names(target, m) for m in targeted)
-    ]
+    unused = [target for target in adapter.config.target_modules if not any(_names(target, m) for m in targeted)]
     if names != expected or unused:
         extra, missing = sorted(names - expected), sorted(expected - names)
         example = (extra + missing + unused)[0]

@@ -77,13 +77,13 @@ def hash_file(folder: Path, name: str, max_bytes: int) -> str:
     return _stream(folder, name, max_bytes, None)
 
 
-def copy_file(folder: Path, name: str, max_bytes: int, target: Path) -> str:
-    """Copy one file to the new path `target`, readable by its owner alone; the SHA-256 is of what was copied.
+def copy_file(folder: Path, name: str, max_bytes: int, target: Path, mode: int = 0o400) -> str:
+    """Copy one file to the new path `target`; the SHA-256 is of what was copied.
 
     Raises: as `read_file`.
     """
     with disk_errors(target):
-        descriptor = os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o400)
+        descriptor = os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
         with os.fdopen(descriptor, "wb") as copy:
             digest = _stream(folder, name, max_bytes, copy)
             copy.flush()
@@ -118,9 +118,7 @@ def _walk(descriptor: int, prefix: str, depth: int) -> Iterator[tuple[str, os.st
         elif depth >= MAX_DEPTH:
             raise RefusedError("FILE_UNEXPECTED", f"the folder {path[:128]!a} does not belong here")
         else:
-            inner = os.open(
-                name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=descriptor
-            )
+            inner = os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=descriptor)
             try:
                 yield from _walk(inner, f"{path}/", depth + 1)
             finally:
@@ -133,12 +131,8 @@ def _open_folder(folder: Path) -> Iterator[int]:
         descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
     except OSError as error:
         if error.errno in (errno.ELOOP, errno.ENOTDIR) and folder.is_symlink():
-            raise RefusedError(
-                "FILE_NOT_REGULAR", f"{folder.name!a} is a symbolic link, not a folder"
-            ) from error
-        raise ConfigError(
-            "FOLDER_MISSING", f"{folder} is not a readable folder", got=error.strerror
-        ) from error
+            raise RefusedError("FILE_NOT_REGULAR", f"{folder.name!a} is a symbolic link, not a folder") from error
+        raise ConfigError("FOLDER_MISSING", f"{folder} is not a readable folder", got=error.strerror) from error
     try:
         yield descriptor
     finally:
@@ -160,9 +154,7 @@ def _open_file(folder: Path, name: str) -> Iterator[BinaryIO]:
         except FileNotFoundError:
             raise RefusedError("FILE_MISSING", f"{name} is missing") from None
         except OSError as error:
-            raise RefusedError(
-                "FILE_NOT_REGULAR", f"{name!a} cannot be opened", got=error.strerror
-            ) from error
+            raise RefusedError("FILE_NOT_REGULAR", f"{name!a} cannot be opened", got=error.strerror) from error
         finally:
             for parent_descriptor in opened[1:]:
                 os.close(parent_descriptor)
@@ -173,9 +165,7 @@ def _open_file(folder: Path, name: str) -> Iterator[BinaryIO]:
 
 def _check_regular(name: str, found: os.stat_result) -> None:
     if not stat.S_ISREG(found.st_mode):
-        raise RefusedError(
-            "FILE_NOT_REGULAR", f"{name[:128]!a} is not a regular file", expected="no links or devices"
-        )
+        raise RefusedError("FILE_NOT_REGULAR", f"{name[:128]!a} is not a regular file", expected="no links or devices")
     if found.st_nlink != 1:
         raise RefusedError(
             "FILE_LINKED",

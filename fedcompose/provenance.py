@@ -17,13 +17,14 @@ import base64
 import binascii
 import json
 from collections.abc import Mapping
+from importlib.metadata import PackageNotFoundError, version
 from typing import Annotated, Any, Final, Literal, NoReturn, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
 from pydantic.alias_generators import to_camel
 
 from fedcompose.errors import RefusedError
-from fedcompose.federation import Digest, FederationId, Time
+from fedcompose.federation import Digest, FederationId, Time, Title
 from fedcompose.files import parse_json
 from fedcompose.keys import Identifier
 from fedcompose.traces import ProvenanceClass
@@ -35,6 +36,8 @@ TRAIN_LORA: Final = "https://fedcompose.dev/train-lora/v1"
 DISTILL: Final = "https://fedcompose.dev/distill/v1"
 COMPOSE: Final = "https://fedcompose.dev/compose/v1"
 
+PACKAGES = ("fedcompose", "peft", "torch", "transformers", "trl")
+
 MAX_METRICS = 32
 MAX_METRICS_BYTES = 1024
 MAX_SUBJECTS = 4096
@@ -44,9 +47,7 @@ Label = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.:@/+-
 FileName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_./-]{0,254}\z")]
 MetricName = Annotated[str, StringConstraints(pattern=r"^[a-z][a-z0-9_]{0,63}\z")]
 Count = Annotated[int, Field(ge=1, lt=1 << 53)]  # beyond it JSON readers disagree about integers
-Metrics = Annotated[
-    dict[MetricName, Annotated[float, Field(allow_inf_nan=False)]], Field(max_length=MAX_METRICS)
-]
+Metrics = Annotated[dict[MetricName, Annotated[float, Field(allow_inf_nan=False)]], Field(max_length=MAX_METRICS)]
 Versions = Annotated[dict[Label, Label], Field(max_length=16)]
 Subjects = Annotated[dict[FileName, Digest], Field(min_length=1, max_length=MAX_SUBJECTS)]
 
@@ -72,9 +73,9 @@ class CallReference(_Record):
 
 
 class BaseReference(_Record):
-    """The base that a folder is for: the name that people use and the digest that decides."""
+    """The base that a folder is for: the federation's name for it and the digest that decides."""
 
-    name: Label
+    name: Title
     dir_hash: Digest
 
 
@@ -101,7 +102,6 @@ class _Claims(_Record):
     base: BaseReference
     subjects: Subjects
     invocation: Label
-    started: Time
     finished: Time
     metrics: Metrics = {}
     versions: Versions
@@ -136,9 +136,7 @@ class ReleaseProvenance(_Claims):
 
     coordinator: Identifier
     method: Label
-    ingredients: Annotated[
-        tuple[Ingredient, ...], Field(strict=False, min_length=1, max_length=MAX_INGREDIENTS)
-    ]
+    ingredients: Annotated[tuple[Ingredient, ...], Field(strict=False, min_length=1, max_length=MAX_INGREDIENTS)]
 
 
 def build_provenance(claims: Provenance) -> dict[str, Any]:
@@ -227,6 +225,17 @@ def parse_release_provenance(data: bytes) -> ReleaseProvenance:
     )
 
 
+def installed_versions() -> dict[str, str]:
+    """Versions of the packages that made the weights, as far as this machine has them."""
+    found = {}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
 # --- the statement, as it lies in the file --------------------------------------------------------
 
 
@@ -244,7 +253,7 @@ class _Subject(_Record):
 
 
 class _ModelName(_Record):
-    model: Label
+    model: Title
 
 
 class _BaseDependency(_Record):
@@ -318,7 +327,6 @@ class _Builder(_Record):
 
 class _RunMetadata(_Record):
     invocation_id: Label
-    started_on: Time
     finished_on: Time
 
 
@@ -335,9 +343,7 @@ class _Run(_Record):
 
 
 class _Predicate(_Record):
-    build_definition: Annotated[
-        _AdapterBuild | _TracesBuild | _ReleaseBuild, Field(discriminator="build_type")
-    ]
+    build_definition: Annotated[_AdapterBuild | _TracesBuild | _ReleaseBuild, Field(discriminator="build_type")]
     run_details: _Run
 
 
@@ -357,23 +363,18 @@ class _MetricsContent(_Record):
 _R = TypeVar("_R", bound=_Record)
 
 
-def _statement(
-    claims: _Claims, build: _AdapterBuild | _TracesBuild | _ReleaseBuild, builder: str
-) -> dict[str, Any]:
+def _statement(claims: _Claims, build: _AdapterBuild | _TracesBuild | _ReleaseBuild, builder: str) -> dict[str, Any]:
     statement = _Statement(
         statement_type=STATEMENT_TYPE,
         predicate_type=PREDICATE_TYPE,
         subject=tuple(
-            _Subject(name=name, digest=_Sha256(sha256=claims.subjects[name]))
-            for name in sorted(claims.subjects)
+            _Subject(name=name, digest=_Sha256(sha256=claims.subjects[name])) for name in sorted(claims.subjects)
         ),
         predicate=_Predicate(
             build_definition=build,
             run_details=_Run(
                 builder=_Builder(id=builder, version=claims.versions),
-                metadata=_RunMetadata(
-                    invocation_id=claims.invocation, started_on=claims.started, finished_on=claims.finished
-                ),
+                metadata=_RunMetadata(invocation_id=claims.invocation, finished_on=claims.finished),
                 byproducts=(_metrics_file(claims.metrics),),
             ),
         ),
@@ -444,7 +445,6 @@ def _shared_claims(
         "metrics": _metrics(run.byproducts[0]),
         "versions": run.builder.version,
         "invocation": run.metadata.invocation_id,
-        "started": run.metadata.started_on,
         "finished": run.metadata.finished_on,
     }
 

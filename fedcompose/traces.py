@@ -110,10 +110,7 @@ def is_plain_text(text: str) -> bool:
 def encode(traces: Iterable[Trace]) -> bytes:
     """Canonical JSONL: one trace per line, sorted keys, ASCII; what `decode` accepts."""
     lines = [
-        json.dumps(
-            trace.model_dump(exclude_none=True), sort_keys=True, separators=(",", ":"), allow_nan=False
-        )
-        + "\n"
+        json.dumps(trace.model_dump(exclude_none=True), sort_keys=True, separators=(",", ":"), allow_nan=False) + "\n"
         for trace in traces
     ]
     return "".join(lines).encode()

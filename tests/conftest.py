@@ -2,8 +2,12 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
+
+if TYPE_CHECKING:
+    from tests.federation_sim import FederationSim
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -22,3 +26,18 @@ def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from tests.tiny import make_tiny_base
 
     return make_tiny_base(tmp_path_factory.mktemp("base") / "tiny")
+
+
+@pytest.fixture(scope="session")
+def random_experts(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    from tests.federation_sim import make_random_experts
+
+    return make_random_experts(tiny_base, tmp_path_factory.mktemp("experts"))
+
+
+@pytest.fixture
+def sim(tmp_path: Path, tiny_base: Path, random_experts: dict[str, Path]) -> FederationSim:
+    """A federation with two sites that have trained but not yet contributed."""
+    from tests.federation_sim import make_federation
+
+    return make_federation(tmp_path / "federation", tiny_base, random_experts)

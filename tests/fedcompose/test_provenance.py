@@ -33,7 +33,6 @@ SHARED: dict[str, Any] = {
     "base": BaseReference(name="tiny", dir_hash="b" * 64),
     "subjects": {"b.json": "2" * 64, "a.json": "1" * 64},
     "invocation": "urn:uuid:00000000-0000-4000-8000-000000000002",
-    "started": NOW,
     "finished": NOW,
     "metrics": {"rlvr_accuracy": 0.5, "n": 200},
     "versions": {"fedcompose": "0.1.0"},

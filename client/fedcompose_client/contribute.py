@@ -1,0 +1,189 @@
+"""Step 5: rebuild a domain's frozen files in canonical form, state where they come from, and sign them.
+
+Input: `runs/<domain>/expert/` (a PEFT folder), `runs/<domain>/traces.jsonl` and `runs/<domain>/result.json`.
+Output: `outbox/<domain>/adapter/` and `outbox/<domain>/traces/`, signed, and verified as a coordinator would.
+
+Nothing is copied: weights and configuration are written anew from checked values, traces are decoded and
+encoded again, and of the result only a fixed list of numbers is taken. So no path, no name of a machine or
+user, no README of PEFT's and no training argument leaves this way. Nothing is sent; that is another step.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import uuid
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import replace
+from datetime import datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+from fedcompose.adapter import read_adapter, write_adapter
+from fedcompose.bases import Base, base_shapes
+from fedcompose.call import COLLECTION_PERIOD, Call
+from fedcompose.contribution import ReceivedContribution, VerifiedContribution, verify_contribution
+from fedcompose.errors import ConfigError, RefusedError
+from fedcompose.federation import Federation, Site
+from fedcompose.files import folder_digests, new_folder, read_json, read_limited, write_atomic, write_json
+from fedcompose.provenance import (
+    PROVENANCE_FILE,
+    BaseReference,
+    CallReference,
+    LoraSummary,
+    Provenance,
+    TraceSummary,
+    build_provenance,
+    installed_versions,
+)
+from fedcompose.signing import SIGNATURE_FILE, Signer, sign_files
+from fedcompose.traces import MAX_TRACES_BYTES, PRIVATE_CLASSES, TRACES_FILE, Trace, decode, encode
+
+STATE_FILE = "contribute-state.json"  # the last sequence number this site used
+VALIDITY = timedelta(days=30)  # how long a contribution that answers no call may travel
+REPORTED = ("base", "warmup", "rlvr")  # whose test accuracy leaves the site, as value and number of problems
+
+
+def contribute(
+    site_folder: Path,
+    domain: str,
+    signer: Signer,
+    federation: Federation,
+    now: datetime,
+    *,
+    call: Call | None = None,
+    base: Base | None = None,
+    non_private: bool = False,
+) -> list[VerifiedContribution]:
+    """Sign what the domain's run made and the call, if any, wants: its adapter, and its traces if it has some.
+
+    With `base` the adapter is checked against the base's own layers. `non_private` is the site's declaration
+    that the domain's questions may be shown to anyone; only then may traces of class E or F leave.
+
+    Raises: ConfigError: `RUN_MISSING`, `DOMAIN_NOT_ENROLLED`, `BASE_AMBIGUOUS`. RefusedError: `TRACES_CLASS`,
+        `BASE_MISMATCH`, and whatever a coordinator would refuse.
+    """
+    site, _ = federation.site_key(signer.keyid, now)
+    if site.domain != domain:
+        raise ConfigError(
+            "DOMAIN_NOT_ENROLLED", f"site {site.id} is enrolled for another domain", expected=site.domain, got=domain
+        )
+    run = site_folder / "runs" / domain
+    kinds = [kind for kind, file in (("adapter", "expert"), ("traces", TRACES_FILE)) if (run / file).exists()]
+    wanted = [kind for kind in kinds if kind in site.may and (call is None or kind in call.want)]
+    if not wanted:
+        raise ConfigError(
+            "RUN_MISSING",
+            f"{run} holds nothing that this site may contribute",
+            fix=f"fedcompose client train --domain {domain}",
+        )
+    shapes = base_shapes(base) if base is not None else None
+    claims = _claims(site, federation, call, base, now, run)
+    made = []
+    for kind in wanted:
+        target = site_folder / "outbox" / domain / kind
+        with new_folder(target) as folder:
+            summary = (
+                _rebuild_adapter(run, folder, shapes)
+                if kind == "adapter"
+                else _rebuild_traces(run, folder, non_private)
+            )
+            claimed = claims | summary | {"sequence": _next_sequence(site_folder, now)}
+            _sign(folder, claimed, signer)
+            found = verify_contribution(ReceivedContribution(folder), federation, now=now, base_shapes=shapes)
+        made.append(replace(found, path=target))
+    return made
+
+
+def _rebuild_adapter(run: Path, folder: Path, shapes: Mapping[str, tuple[int, int]] | None) -> dict[str, Any]:
+    adapter = read_adapter(run / "expert", shapes)
+    write_adapter(folder, adapter)
+    config = adapter.config
+    lora = LoraSummary(r=config.r, alpha=config.lora_alpha, targets=tuple(sorted(set(config.target_modules))))
+    return {"kind": "adapter", "lora": lora}
+
+
+def _rebuild_traces(run: Path, folder: Path, non_private: bool) -> dict[str, Any]:
+    traces = decode(read_limited(run / TRACES_FILE, MAX_TRACES_BYTES))
+    check_trace_classes(traces, non_private)
+    write_atomic(folder / TRACES_FILE, encode(traces))
+    classes = Counter(trace.provenance_class for trace in traces)
+    return {"kind": "traces", "traces": TraceSummary(classes=dict(classes), declared_non_private=non_private)}
+
+
+def check_trace_classes(traces: list[Trace], non_private: bool) -> None:
+    """Nothing made from private questions leaves, unless they are declared to be none.
+
+    Raises: RefusedError: `TRACES_CLASS`.
+    """
+    private = sorted({trace.provenance_class for trace in traces} & PRIVATE_CLASSES)
+    if private and not non_private:
+        raise RefusedError(
+            "TRACES_CLASS",
+            f"traces of class {' and '.join(private)} come from private questions and do not leave",
+            fix="distill on a declared generator, or declare the domain's data non-private in site.toml",
+        )
+
+
+def _claims(
+    site: Site, federation: Federation, call: Call | None, base: Base | None, now: datetime, run: Path
+) -> dict[str, Any]:
+    """What an adapter and a trace set of this run both claim."""
+    return {
+        "federation": federation.id,
+        "federation_version": federation.version,
+        "site": site.id,
+        "domain": site.domain,
+        "base": _base(federation, call, base),
+        "call": None if call is None else CallReference(id=call.id, nonce=call.nonce),
+        "expires": now + VALIDITY if call is None else call.deadline + COLLECTION_PERIOD,
+        "finished": now,
+        "invocation": f"urn:uuid:{uuid.uuid4()}",
+        "metrics": _metrics(run / "result.json"),
+        "versions": installed_versions(),
+    }
+
+
+def _base(federation: Federation, call: Call | None, base: Base | None) -> BaseReference:
+    """The federation's name and digest of the base: the one given, the call's, or the only one there is."""
+    known = {entry.dir_hash: entry.name for entry in federation.base_models}
+    digests = [base.digest] if base else [call.base.dir_hash] if call else list(known)
+    if len(digests) != 1:
+        raise ConfigError("BASE_AMBIGUOUS", "the federation has several bases", fix="name the one you trained on")
+    if digests[0] not in known:
+        raise RefusedError(
+            "BASE_MISMATCH",
+            "this site's base is not one of the federation's",
+            expected=" or ".join(known),
+            got=digests[0],
+        )
+    return BaseReference(name=known[digests[0]], dir_hash=digests[0])
+
+
+def _metrics(path: Path) -> dict[str, float]:
+    """The few numbers that leave: test accuracies, to four places, and how many problems they are from."""
+    accuracies = read_json(path).get("accuracy", {}) if path.is_file() else {}
+    metrics: dict[str, float] = {}
+    for name in REPORTED:
+        if name in accuracies:
+            metrics[f"{name}_accuracy"] = round(float(accuracies[name]["value"]), 4)
+            metrics["test_count"] = int(accuracies[name]["n"])
+    return metrics
+
+
+def _next_sequence(site_folder: Path, now: datetime) -> int:
+    """A number above every earlier one of this site, also when the state file was lost: seconds since 1970."""
+    path = site_folder / STATE_FILE
+    with path.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        last = int(read_json(path)["sequence"]) if path.is_file() else 0
+        sequence = max(last + 1, int(now.timestamp()))
+        write_json(path, {"sequence": sequence})
+    return sequence
+
+
+def _sign(folder: Path, claimed: Mapping[str, Any], signer: Signer) -> None:
+    """Write provenance and signature over the files that are in `folder`."""
+    provenance = Provenance(**claimed, subjects=folder_digests(folder))
+    write_json(folder / PROVENANCE_FILE, build_provenance(provenance))
+    write_atomic(folder / SIGNATURE_FILE, sign_files(provenance.kind, folder_digests(folder), signer))

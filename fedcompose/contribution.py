@@ -1,0 +1,266 @@
+"""Verify what a site signed and shipped: an adapter or a set of traces. It raises or admits.
+
+Input: a folder that anybody may have written, and a federation file that is already believed. Output: a
+`VerifiedContribution`, the only thing that composing accepts. The order of the checks is fixed:
+
+1. The folder holds exactly the files of its kind, each a regular file within its limit.
+2. `model.sig` has the one accepted shape; its hint names a key of an active site that counts at this time.
+3. The signature holds over the statement, and the statement lists exactly the folder's other files.
+4. Every file is read once; its bytes have the signed digest, and these same bytes are parsed below.
+5. The provenance speaks of these files, this federation, the signer's own site and domain, a base of the
+   federation, and has not expired.
+6. The adapter, or every trace, is acceptable.
+
+Nothing is written, and no tensor library is loaded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Literal
+
+from fedcompose.adapter import CONFIG_FILE, MAX_WEIGHTS_BYTES, WEIGHTS_FILE, parse_adapter
+from fedcompose.errors import RefusedError
+from fedcompose.federation import Federation, Site, format_time
+from fedcompose.files import MAX_JSON_BYTES, dir_hash, sha256_hex
+from fedcompose.folder import Limits, check_names, list_files, read_file
+from fedcompose.provenance import PROVENANCE_FILE, BaseReference, Provenance, parse_provenance
+from fedcompose.signing import SIGNATURE_FILE, SignedFiles, read_hint, verify_files
+from fedcompose.traces import MAX_TRACES_BYTES, PRIVATE_CLASSES, TRACES_FILE, Trace, decode
+
+Kind = Literal["adapter", "traces"]
+KINDS: tuple[Kind, ...] = ("adapter", "traces")
+
+README_FILE = "README.md"
+MAX_README_BYTES = 64 << 10
+REQUIRED: Mapping[Kind, Limits] = {
+    "adapter": {
+        CONFIG_FILE: MAX_JSON_BYTES,
+        WEIGHTS_FILE: MAX_WEIGHTS_BYTES,
+        PROVENANCE_FILE: MAX_JSON_BYTES,
+        SIGNATURE_FILE: MAX_JSON_BYTES,
+    },
+    "traces": {
+        TRACES_FILE: MAX_TRACES_BYTES,
+        PROVENANCE_FILE: MAX_JSON_BYTES,
+        SIGNATURE_FILE: MAX_JSON_BYTES,
+    },
+}
+OPTIONAL: Mapping[Kind, Limits] = {"adapter": {README_FILE: MAX_README_BYTES}, "traces": {}}
+
+
+@dataclass(frozen=True)
+class ReceivedContribution:
+    """A folder that claims to be a contribution. Nothing about it is known."""
+
+    path: Path
+
+
+@dataclass(frozen=True)
+class VerifiedContribution:
+    """A contribution that passed every check at `received_on`. Only `verify_contribution` makes one."""
+
+    path: Path
+    kind: Kind
+    site: str
+    domain: str
+    dir_hash: str
+    keyid: str
+    payload_sha256: str
+    provenance: Provenance
+    digests: Mapping[str, str]
+    received_on: datetime
+
+    def read(self, name: str) -> bytes:
+        """The bytes of a signed file, still those that were verified.
+
+        Raises: RefusedError: `FILE_CHANGED` if the folder was altered since.
+        """
+        limits = {**REQUIRED[self.kind], **OPTIONAL[self.kind]}
+        return read_unchanged(self.path, name, limits[name], self.digests[name])
+
+    def traces(self) -> list[Trace]:
+        """The traces of a trace contribution."""
+        return decode(self.read(TRACES_FILE))
+
+
+def verify_contribution(
+    received: ReceivedContribution,
+    federation: Federation,
+    *,
+    now: datetime,
+    base_shapes: Mapping[str, tuple[int, int]] | None = None,
+) -> VerifiedContribution:
+    """Check a contribution in full, in the order above.
+
+    `base_shapes` are the linear layers of the federation's base; without them (only for looking at a
+    contribution on a machine that has no base) an adapter is checked against its own configuration alone.
+
+    Raises: RefusedError: with the code of the first check that failed.
+    """
+    folder = received.path
+    names = list_files(folder)
+    kind = kind_of(names)
+    check_names(names, REQUIRED[kind], OPTIONAL[kind])
+    site, signed = _verify_signature(folder, federation, now)
+    check_listed(signed, names)
+    files = _read_signed(folder, kind, signed)
+    provenance = parse_provenance(files[PROVENANCE_FILE])
+    check_subjects(provenance.subjects, signed.digests)
+    check_claims(provenance, kind, site, federation, now)
+    _check_content(provenance, files, base_shapes)
+    return VerifiedContribution(
+        path=folder,
+        kind=kind,
+        site=site.id,
+        domain=site.domain,
+        dir_hash=dir_hash(signed.digests),
+        keyid=signed.keyid,
+        payload_sha256=signed.payload_sha256,
+        provenance=provenance,
+        digests=signed.digests,
+        received_on=now,
+    )
+
+
+def kind_of(names: Mapping[str, int]) -> Kind:
+    """Which kind of contribution a folder wants to be, by its one telling file.
+
+    Raises: RefusedError: `CONTRIBUTION_UNKNOWN`.
+    """
+    if TRACES_FILE in names:
+        return "traces"
+    if CONFIG_FILE in names or WEIGHTS_FILE in names:
+        return "adapter"
+    raise RefusedError(
+        "CONTRIBUTION_UNKNOWN",
+        "the folder is not a contribution",
+        expected=f"{CONFIG_FILE} and {WEIGHTS_FILE}, or {TRACES_FILE}",
+    )
+
+
+def check_listed(signed: SignedFiles, names: Mapping[str, int]) -> None:
+    """The signature covers every file but itself, and no file that is not there.
+
+    Raises: RefusedError: `FILE_UNSIGNED`, `FILE_MISSING`.
+    """
+    found = names.keys() - {SIGNATURE_FILE}
+    if unsigned := sorted(found - signed.digests.keys()):
+        raise RefusedError("FILE_UNSIGNED", f"the signature does not cover {unsigned[0][:128]!a}")
+    if missing := sorted(signed.digests.keys() - found):
+        raise RefusedError("FILE_MISSING", f"{missing[0][:128]!a} was signed but is not there")
+
+
+def check_subjects(subjects: Mapping[str, str], digests: Mapping[str, str]) -> None:
+    """The provenance speaks of exactly the signed files, itself left out.
+
+    Raises: RefusedError: `PROVENANCE_SUBJECTS`.
+    """
+    if subjects != {name: digest for name, digest in digests.items() if name != PROVENANCE_FILE}:
+        raise RefusedError("PROVENANCE_SUBJECTS", "the provenance was written for other files than these")
+
+
+def check_claims(claims: Provenance, kind: Kind, site: Site, federation: Federation, now: datetime) -> None:
+    """The signer may say this: its own site and domain, this federation, one of its bases, now.
+
+    Raises: RefusedError: `PROVENANCE_KIND`, `FEDERATION_MISMATCH`, `SITE_MISMATCH`, `DOMAIN_MISMATCH`,
+        `NOT_PERMITTED`, `BASE_MISMATCH`, `CONTRIBUTION_EXPIRED`.
+    """
+    _same("PROVENANCE_KIND", "the provenance is of another kind than the folder", kind, claims.kind)
+    check_federation(claims.federation, claims.federation_version, federation)
+    _same("SITE_MISMATCH", "the contribution claims another site than its signer", site.id, claims.site)
+    _same("DOMAIN_MISMATCH", f"site {site.id} is enrolled for another domain", site.domain, claims.domain)
+    if kind not in site.may:
+        raise RefusedError("NOT_PERMITTED", f"site {site.id} may not contribute {kind}", expected=", ".join(site.may))
+    check_base(claims.base, federation)
+    if now >= claims.expires:
+        raise RefusedError(
+            "CONTRIBUTION_EXPIRED",
+            "the contribution was to be received earlier",
+            expected=f"before {format_time(claims.expires)}",
+            got=format_time(now),
+            fix="ask the site to contribute again, or check this machine's clock",
+        )
+
+
+def check_federation(claimed: str, version: int, federation: Federation) -> None:
+    """Raises: RefusedError: `FEDERATION_MISMATCH`, `FEDERATION_OLD`."""
+    _same("FEDERATION_MISMATCH", "this was signed for another federation", federation.id, claimed)
+    if version > federation.version:
+        raise RefusedError(
+            "FEDERATION_OLD",
+            "this was signed under a newer federation file than the one here",
+            expected=f"version {federation.version} or older",
+            got=f"version {version}",
+            fix="get the current federation file",
+        )
+
+
+def check_base(claimed: BaseReference, federation: Federation) -> None:
+    """Raises: RefusedError: `BASE_MISMATCH`."""
+    if (claimed.name, claimed.dir_hash) not in {(base.name, base.dir_hash) for base in federation.base_models}:
+        raise RefusedError(
+            "BASE_MISMATCH",
+            "this was made for a base that the federation does not use",
+            expected=" or ".join(f"{base.name!a} ({base.dir_hash})" for base in federation.base_models),
+            got=f"{claimed.name!a} ({claimed.dir_hash})",
+        )
+
+
+def read_unchanged(folder: Path, name: str, max_bytes: int, digest: str) -> bytes:
+    """The bytes of a file that must have this SHA-256.
+
+    Raises: RefusedError: `FILE_CHANGED`, and all that `folder.read_file` raises.
+    """
+    data = read_file(folder, name, max_bytes)
+    if sha256_hex(data) != digest:
+        raise RefusedError("FILE_CHANGED", f"{name} is not the file that was signed")
+    return data
+
+
+def _verify_signature(folder: Path, federation: Federation, now: datetime) -> tuple[Site, SignedFiles]:
+    bundle = read_file(folder, SIGNATURE_FILE, MAX_JSON_BYTES)
+    site, key = federation.site_key(read_hint(bundle), now)
+    return site, verify_files(bundle, key.public_key.encode())
+
+
+def _read_signed(folder: Path, kind: Kind, signed: SignedFiles) -> dict[str, bytes]:
+    limits = {**REQUIRED[kind], **OPTIONAL[kind]}
+    return {name: read_unchanged(folder, name, limits[name], digest) for name, digest in signed.digests.items()}
+
+
+def _check_content(
+    claims: Provenance, files: Mapping[str, bytes], base_shapes: Mapping[str, tuple[int, int]] | None
+) -> None:
+    if claims.kind == "adapter":
+        config = parse_adapter(files[CONFIG_FILE], files[WEIGHTS_FILE], base_shapes).config
+        claimed = claims.lora and (claims.lora.r, claims.lora.alpha, set(claims.lora.targets))
+        if claimed != (config.r, config.lora_alpha, set(config.target_modules)):
+            raise RefusedError("PROVENANCE_CONTENT", "the provenance describes another LoRA than this one")
+    else:
+        _check_traces(claims, decode(files[TRACES_FILE]))
+
+
+def _check_traces(claims: Provenance, traces: list[Trace]) -> None:
+    counts: dict[str, int] = {}
+    for trace in traces:
+        counts[trace.provenance_class] = counts.get(trace.provenance_class, 0) + 1
+    if claims.traces is None or counts != claims.traces.classes:
+        raise RefusedError("PROVENANCE_CONTENT", "the provenance counts other traces than these")
+    if "A" in counts:
+        raise RefusedError("TRACES_CLASS", "traces of class A are sampled by a coordinator, not by a site")
+    if counts.keys() & PRIVATE_CLASSES and not claims.traces.declared_non_private:
+        raise RefusedError(
+            "TRACES_CLASS",
+            "the traces come from private questions",
+            expected="classes B, C or D, or data that its owner declared non-private",
+            got=", ".join(sorted(counts)),
+        )
+
+
+def _same(code: str, what: str, expected: str, got: str) -> None:
+    if expected != got:
+        raise RefusedError(code, what, expected=expected, got=got)

@@ -1,0 +1,373 @@
+"""Verify a release: what the coordinator composed, and for every expert in it, what its site signed.
+
+Everything is checked offline, from the folder and a few root fingerprints, in this order:
+
+1. The folder holds exactly the files of a release, each a regular file within its limit.
+2. The roots that are trusted here signed the `federation.json` inside; it was valid when the release was made.
+3. A coordinator of that federation signed exactly the other files, and each has the signed digest.
+4. The provenance speaks of these files, this federation and one of its bases.
+5. `composition.json` lists each ingredient exactly once, in the router's row order.
+6. Each ingredient is, byte for byte, a contribution that its site's key signed, was valid when the
+   coordinator received it, and was made for the same base.
+7. Router and attention LoRA are well-formed; what they do is for an evaluation to say.
+
+A release is judged as of the time it was made: an archive stays verifiable after keys and federation files
+expire. No tensor library is loaded.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from fedcompose.adapter import CONFIG_FILE, MAX_WEIGHTS_BYTES, WEIGHTS_FILE, parse_adapter, parse_safetensors
+from fedcompose.contribution import (
+    OPTIONAL,
+    REQUIRED,
+    ReceivedContribution,
+    VerifiedContribution,
+    check_base,
+    check_federation,
+    check_listed,
+    check_subjects,
+    read_unchanged,
+    verify_contribution,
+)
+from fedcompose.errors import RefusedError
+from fedcompose.federation import (
+    Digest,
+    Federation,
+    Title,
+    format_time,
+    pinned,
+    read_federation,
+    verify_federation,
+)
+from fedcompose.files import MAX_JSON_BYTES, dir_hash, parse_json
+from fedcompose.folder import check_names, hash_file, list_files, read_file
+from fedcompose.keys import Identifier
+from fedcompose.provenance import (
+    PROVENANCE_FILE,
+    Ingredient,
+    Label,
+    ReleaseProvenance,
+    parse_release_provenance,
+)
+from fedcompose.signing import SIGNATURE_FILE, SignedFiles, read_hint, verify_files
+
+COMPOSITION_FILE = "composition.json"
+ROUTER_FILE = "router.safetensors"
+ATTENTION_FOLDER = "attention"
+EVALUATION_FILE = "evaluation.json"
+FEDERATION_FILE = "federation.json"
+INGREDIENTS_FOLDER = "ingredients"
+
+MAX_ROUTER_BYTES = 64 << 20  # 1,000 experts on a hidden size of 16,384 in float32
+CLOCK_SKEW = timedelta(minutes=5)  # how far a coordinator's clock may be ahead of ours
+
+_INGREDIENT = re.compile(rf"{INGREDIENTS_FOLDER}/(?P<site>[a-z0-9][a-z0-9_-]{{0,62}})/(?P<file>[^/]+)")
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+
+class ComposedExpert(_Part):
+    """One row of the router."""
+
+    site: Identifier
+    domain: Identifier
+    dir_hash: Digest = Field(alias="dirHash")
+
+
+class _ComposedBase(_Part):
+    name: Title
+    dir_hash: Digest = Field(alias="dirHash")
+
+
+class _Router(_Part):
+    type: Literal["linear"]
+    granularity: Literal["token"]
+    shared: Literal[True]
+    input: Literal["mlp"]
+    top_k: Literal[1]
+
+
+class _Attention(_Part):
+    r: Annotated[int, Field(ge=1)]
+    alpha: Annotated[float, Field(gt=0, allow_inf_nan=False)]
+
+
+class Composition(_Part):
+    """`composition.json`: how the parts of a release belong together. `training` is for people to read."""
+
+    schema_: Literal["fedcompose/composition/v1"] = Field(alias="schema")
+    method: Literal["hard_top1_ste"]
+    base: _ComposedBase
+    router: _Router
+    experts: Annotated[tuple[ComposedExpert, ...], Field(strict=False, min_length=1, max_length=512)]
+    targets: Annotated[tuple[Label, ...], Field(strict=False, min_length=1, max_length=64)]
+    attention: _Attention | None
+    training: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class ReceivedRelease:
+    """A folder that claims to be a release. Nothing about it is known."""
+
+    path: Path
+
+
+@dataclass(frozen=True)
+class VerifiedRelease:
+    """A release that passed every check. Only `verify_release` makes one.
+
+    `composition` and `evaluation` are the JSON documents; `experts` are the ingredients in router row order.
+    """
+
+    path: Path
+    composition: Mapping[str, Any]
+    experts: tuple[VerifiedContribution, ...]
+    federation: Federation
+    provenance: ReleaseProvenance
+    evaluation: Mapping[str, Any] | None
+    keyid: str
+    dir_hash: str
+    digests: Mapping[str, str]
+
+    def read(self, name: str) -> bytes:
+        """The bytes of a signed file, still those that were verified.
+
+        Raises: RefusedError: `FILE_CHANGED` if the folder was altered since.
+        """
+        return read_unchanged(self.path, name, _limit(name), self.digests[name])
+
+
+def verify_release(
+    received: ReceivedRelease, root_fingerprints: Collection[str] | None = None, now: datetime | None = None
+) -> VerifiedRelease:
+    """Check a release in full, in the order above. `now` is this machine's clock unless given.
+
+    Without fingerprints the roots that this machine remembers for the federation decide.
+
+    Raises: RefusedError: with the code of the first check that failed.
+    """
+    folder, now = received.path, now or datetime.now(UTC)
+    names = list_files(folder)
+    sites = _check_folder(names)
+    federation, provenance = _trusted(folder, root_fingerprints, now)
+    signed = _verify_signature(folder, names, federation, provenance)
+    files = _read_signed(folder, signed)
+    if parse_release_provenance(files[PROVENANCE_FILE]) != provenance:
+        raise RefusedError("FILE_CHANGED", f"{PROVENANCE_FILE} changed while it was read")
+    check_subjects(provenance.subjects, signed.digests)
+    check_federation(provenance.federation, provenance.federation_version, federation)
+    check_base(provenance.base, federation)
+    composition = parse_composition(files[COMPOSITION_FILE])
+    _check_composition(composition, provenance, sites)
+    experts = tuple(
+        _verify_ingredient(folder, expert, entry, provenance, federation, signed)
+        for expert, entry in zip(composition.experts, provenance.ingredients, strict=True)
+    )
+    _check_parts(composition, files, names)
+    return VerifiedRelease(
+        path=folder,
+        composition=parse_json(files[COMPOSITION_FILE], COMPOSITION_FILE),
+        experts=experts,
+        federation=federation,
+        provenance=provenance,
+        evaluation=_evaluation(files.get(EVALUATION_FILE)),
+        keyid=signed.keyid,
+        dir_hash=dir_hash(signed.digests),
+        digests=signed.digests,
+    )
+
+
+def parse_composition(data: bytes) -> Composition:
+    """The checked content of `composition.json`.
+
+    Raises: RefusedError: `COMPOSITION_INVALID`, `JSON_INVALID`.
+    """
+    document = parse_json(data, COMPOSITION_FILE)
+    try:
+        return Composition.model_validate(document)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part)[:32] for part in first["loc"])
+        raise RefusedError(
+            "COMPOSITION_INVALID", f"{COMPOSITION_FILE} is not acceptable", got=f"{where!a}: {first['type']}"
+        ) from None
+
+
+def required_files(sites: Collection[str], attention: bool) -> dict[str, int]:
+    """Names and size limits of what a release of these sites must hold."""
+    limits = {name: _limit(name) for name in (COMPOSITION_FILE, ROUTER_FILE, FEDERATION_FILE)}
+    limits |= {PROVENANCE_FILE: MAX_JSON_BYTES, SIGNATURE_FILE: MAX_JSON_BYTES}
+    if attention:
+        limits |= {f"{ATTENTION_FOLDER}/{name}": _limit(name) for name in (CONFIG_FILE, WEIGHTS_FILE)}
+    for site in sites:
+        limits |= {f"{INGREDIENTS_FOLDER}/{site}/{name}": size for name, size in REQUIRED["adapter"].items()}
+    return limits
+
+
+def _limit(name: str) -> int:
+    file = name.rpartition("/")[2]
+    sizes = {WEIGHTS_FILE: MAX_WEIGHTS_BYTES, ROUTER_FILE: MAX_ROUTER_BYTES}
+    return sizes.get(file, MAX_JSON_BYTES)
+
+
+def _check_folder(names: Mapping[str, int]) -> set[str]:
+    """The sites whose folders lie in `ingredients/`; every file belongs to a release of these."""
+    sites = {match["site"] for name in names if (match := _INGREDIENT.fullmatch(name))}
+    optional = {EVALUATION_FILE: MAX_JSON_BYTES}
+    for site in sites:
+        optional |= {f"{INGREDIENTS_FOLDER}/{site}/{name}": size for name, size in OPTIONAL["adapter"].items()}
+    attention = any(name.startswith(f"{ATTENTION_FOLDER}/") for name in names)
+    check_names(names, required_files(sites, attention), optional)
+    return sites
+
+
+def _trusted(folder: Path, fingerprints: Collection[str] | None, now: datetime) -> tuple[Federation, ReleaseProvenance]:
+    """The federation file as of the release's own date: a claim, until the signature is checked."""
+    provenance = parse_release_provenance(read_file(folder, PROVENANCE_FILE, MAX_JSON_BYTES))
+    made = provenance.finished
+    if made > now + CLOCK_SKEW:
+        raise RefusedError(
+            "RELEASE_FROM_FUTURE",
+            "the release claims to be made later than now",
+            got=format_time(made),
+            expected=f"before {format_time(now)}",
+            fix="check this machine's clock",
+        )
+    envelope = read_file(folder, FEDERATION_FILE, MAX_JSON_BYTES)
+    federation = verify_federation(envelope, root_fingerprints=fingerprints or _remembered_roots(envelope), now=made)
+    if made < federation.issued:
+        raise RefusedError("FEDERATION_OLD", "the release is older than the federation file in it")
+    return federation, provenance
+
+
+def _remembered_roots(envelope: bytes) -> frozenset[str]:
+    """Those of the pinned roots that signed this file, if they are as many as were asked for when pinned."""
+    federation, signed = read_federation(envelope)
+    pin = pinned(federation.id)
+    known = signed & set(pin.roots) if pin else frozenset()
+    if pin is None or len(known) < pin.threshold:
+        raise RefusedError(
+            "TRUST_ROOT_UNKNOWN",
+            f"nothing on this machine says whether to trust federation {federation.name!a}",
+            fix="ask its roots for their fingerprints, by phone or in person, and give them: "
+            "--root-fingerprint FINGERPRINT",
+        )
+    return known
+
+
+def _verify_signature(
+    folder: Path, names: Mapping[str, int], federation: Federation, claims: ReleaseProvenance
+) -> SignedFiles:
+    bundle = read_file(folder, SIGNATURE_FILE, MAX_JSON_BYTES)
+    coordinator, key = federation.coordinator_key(read_hint(bundle), claims.finished)
+    signed = verify_files(bundle, key.public_key.encode())
+    if coordinator.id != claims.coordinator:
+        raise RefusedError(
+            "COORDINATOR_MISMATCH",
+            "the release claims another coordinator than its signer",
+            expected=coordinator.id,
+            got=claims.coordinator,
+        )
+    check_listed(signed, names)
+    return signed
+
+
+def _read_signed(folder: Path, signed: SignedFiles) -> dict[str, bytes]:
+    """Compare every file with its signed digest; the small ones and our own parts are kept for parsing."""
+    kept: dict[str, bytes] = {}
+    for name, digest in signed.digests.items():
+        if not name.startswith(f"{INGREDIENTS_FOLDER}/"):
+            kept[name] = read_unchanged(folder, name, _limit(name), digest)
+        elif hash_file(folder, name, _limit(name)) != digest:
+            raise RefusedError("FILE_CHANGED", f"{name} is not the file that was signed")
+    return kept
+
+
+def _check_composition(composition: Composition, claims: ReleaseProvenance, sites: set[str]) -> None:
+    """Composition, provenance and folder name the same experts, each once, in one order."""
+    composed = [expert.site for expert in composition.experts]
+    if len(set(composed)) != len(composed) or set(composed) != sites:
+        raise RefusedError(
+            "COMPOSITION_EXPERTS",
+            "the composition does not list each ingredient exactly once",
+            expected=", ".join(sorted(sites)),
+            got=", ".join(composed),
+        )
+    claimed = [(entry.site, entry.dir_hash) for entry in claims.ingredients]
+    if claimed != [(expert.site, expert.dir_hash) for expert in composition.experts]:
+        raise RefusedError("COMPOSITION_EXPERTS", "the provenance names other experts than the composition")
+    base = (composition.base.name, composition.base.dir_hash)
+    if base != (claims.base.name, claims.base.dir_hash) or composition.method != claims.method:
+        raise RefusedError("COMPOSITION_MISMATCH", "the provenance names another base or method")
+
+
+def _verify_ingredient(
+    folder: Path,
+    expert: ComposedExpert,
+    entry: Ingredient,
+    claims: ReleaseProvenance,
+    federation: Federation,
+    signed: SignedFiles,
+) -> VerifiedContribution:
+    """The site's own contribution, verified as when the coordinator received it."""
+    if entry.received_on > claims.finished:
+        raise RefusedError("INGREDIENT_TIME", f"the expert of {entry.site} was received after the release")
+    path = folder / INGREDIENTS_FOLDER / entry.site
+    found = verify_contribution(ReceivedContribution(path), federation, now=entry.received_on)
+    prefix = f"{INGREDIENTS_FOLDER}/{entry.site}/"
+    listed = {name.removeprefix(prefix): digest for name, digest in signed.digests.items() if name.startswith(prefix)}
+    facts = {
+        "kind": (found.kind, "adapter"),
+        "site": (found.site, entry.site),
+        "domain": (found.domain, expert.domain),
+        "digest": (found.dir_hash, entry.dir_hash),
+        "signed statement": (found.payload_sha256, entry.payload_sha256),
+        "key": (found.keyid, entry.keyid),
+        "sequence": (found.provenance.sequence, entry.sequence),
+        "base": (found.provenance.base.dir_hash, claims.base.dir_hash),
+        "files": ({**found.digests, SIGNATURE_FILE: listed.get(SIGNATURE_FILE)}, listed),
+    }
+    for fact, (is_, claimed) in facts.items():
+        if is_ != claimed:
+            raise RefusedError(
+                "INGREDIENT_MISMATCH", f"the expert of {entry.site} has another {fact} than the release says"
+            )
+    return found
+
+
+def _check_parts(composition: Composition, files: Mapping[str, bytes], names: Mapping[str, int]) -> None:
+    """What the coordinator trained: one router row per expert, and the attention LoRA that was announced."""
+    tensors = parse_safetensors(files[ROUTER_FILE])
+    rows = len(composition.experts)
+    for tensor in tensors.values():
+        if tensor.shape[0] != rows or not np.isfinite(tensor.float32()).all():
+            raise RefusedError("ROUTER_INVALID", "the router does not have one finite row per expert")
+    paths = [f"{ATTENTION_FOLDER}/{name}" for name in (CONFIG_FILE, WEIGHTS_FILE)]
+    if (composition.attention is not None) != (paths[0] in names):
+        raise RefusedError("COMPOSITION_MISMATCH", "the composition and the folder disagree about attention")
+    if composition.attention is not None:
+        config = parse_adapter(files[paths[0]], files[paths[1]], None).config
+        if (config.r, config.lora_alpha) != (composition.attention.r, composition.attention.alpha):
+            raise RefusedError("COMPOSITION_MISMATCH", "the attention LoRA has another rank or alpha")
+
+
+def _evaluation(data: bytes | None) -> Mapping[str, Any] | None:
+    if data is None:
+        return None
+    document = parse_json(data, EVALUATION_FILE)
+    if not isinstance(document, dict):
+        raise RefusedError("EVALUATION_INVALID", f"{EVALUATION_FILE} is not a JSON object")
+    return document
