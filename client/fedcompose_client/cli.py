@@ -1,12 +1,184 @@
-"""`fedcompose client`."""
+"""`fedcompose client`: what the owner of data does, in order: init, train, distill, contribute."""
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Annotated, Any
+
 import typer
+from rich.table import Table
 
-app = typer.Typer(no_args_is_help=True, help="Commands of a client.")
+from fedcompose.call import Call, read_own_call
+from fedcompose.console import AsJson, next_steps, out, print_json, progress_bars
+from fedcompose.contribution import VerifiedContribution
+from fedcompose.errors import ConfigError
+from fedcompose.files import MAX_JSON_BYTES, read_limited, write_atomic
+from fedcompose_client.config import CONFIG_NAME, load_config, template
+
+app = typer.Typer(no_args_is_help=True, help="A site: train on your own data, distill, sign a contribution.")
+
+SPARKS = "▁▂▃▄▅▆▇█"
+Site = Annotated[Path, typer.Option("--site", help="The site's folder, where site.toml is.")]
+DomainName = Annotated[str, typer.Option("--domain", help="Which [domains.NAME] of site.toml.")]
 
 
-@app.callback()
-def _role() -> None:
-    pass
+@app.command()
+def init(
+    site_id: Annotated[str, typer.Option("--id", help="The site's name in the federation.")] = "site-a",
+    domain: Annotated[str, typer.Option(help="A name for the kind of problem, e.g. math.")] = "math",
+    file: Annotated[Path, typer.Option(help="Your data: .jsonl, .csv or .parquet.")] = Path("train.jsonl"),
+    task: Annotated[str, typer.Option(help="numeric, choice, yes_no, exact or code.")] = "numeric",
+    solution: Annotated[str | None, typer.Option(help="Column with worked solutions, if there is one.")] = None,
+    choices: Annotated[str | None, typer.Option(help="Column with the options of a choice task.")] = None,
+    traces: Annotated[str | None, typer.Option(help="A public generator to sample traces on.")] = None,
+    base: Annotated[str, typer.Option(help="Base model: alias, folder or hub id.")] = "smollm2-135m",
+    site: Site = Path(),
+) -> None:
+    """Write a commented site.toml to adapt.
+
+    Example: fedcompose client init --id site-a --domain math --file train.jsonl --task numeric --solution solution
+    """
+    path = site / CONFIG_NAME
+    if path.exists():
+        raise ConfigError("SITE_EXISTS", f"{path} is already there", fix="edit it, or remove it first")
+    columns = [
+        f'{role} = "{column}"' if column else f'# {role} = "{role}"'
+        for role, column in (("solution", solution), ("choices", choices))
+    ]
+    source = f'[domains.{domain}.traces]\ngenerator = "{traces}"' if traces else (
+        f'# [domains.{domain}.traces]\n# generator = "chain_sum"'
+    )  # fmt: skip
+    text = template(
+        id=site_id, base=base, domain=domain, file=file.as_posix(), task=task, columns="\n".join(columns), traces=source
+    )
+    write_atomic(path, text.encode())
+    load_config(site)
+    out.print(f"Wrote {path}", markup=False)
+    next_steps(f"fedcompose client train --domain {domain}")
+
+
+@app.command()
+def train(
+    domain: DomainName,
+    site: Site = Path(),
+    fresh: Annotated[bool, typer.Option("--fresh", help="Forget an interrupted run and start again.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Train a domain's expert; run it again after an interruption to go on.
+
+    Example: fedcompose client train --domain math
+    """
+    from fedcompose_client.train import train as run_training
+
+    with progress_bars() as bars:
+        tasks: dict[str, Any] = {}
+
+        def show(stage: str, step: int, steps: int, note: str) -> None:
+            if stage not in tasks:
+                tasks[stage] = bars.add_task(stage.replace("_", "-"), total=steps, note="")
+            bars.update(tasks[stage], completed=step, total=steps, note=note)
+
+        result = run_training(site, load_config(site), domain, show, fresh)
+    if as_json:
+        print_json(result)
+        return
+    _print_accuracy(result)
+    out.print(f"Kept: {result['kept']}, in {site / 'runs' / domain / 'expert'}", markup=False)
+    next_steps(f"fedcompose client distill --domain {domain}", f"fedcompose client contribute --domain {domain}")
+
+
+@app.command()
+def distill(domain: DomainName, site: Site = Path(), as_json: AsJson = False) -> None:
+    """Sample the expert on its declared generator and keep the verified completions.
+
+    Example: fedcompose client distill --domain math
+    """
+    from fedcompose_client.distill import distill as run_distillation
+
+    with progress_bars() as bars:
+        bar = bars.add_task("sample", total=None, note="prompts")
+        result = run_distillation(
+            site, load_config(site), domain, lambda done, of: bars.update(bar, completed=done, total=of)
+        )
+    if as_json:
+        print_json({"path": str(result.path), **{k: v for k, v in vars(result).items() if k != "path"}})
+        return
+    out.print(
+        f"{result.sampled} completions of {result.prompts} prompts, {result.correct} correct, "
+        f"{result.traces} kept in {result.path}",
+        markup=False,
+    )
+    next_steps(f"fedcompose client contribute --domain {domain}")
+
+
+@app.command()
+def contribute(
+    domain: DomainName,
+    site: Site = Path(),
+    root_fingerprint: Annotated[
+        list[str] | None, typer.Option(help="Fingerprint of the federation's root, the first time.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Rebuild the domain's files, state where they come from, and sign them.
+
+    Example: fedcompose client contribute --domain math
+    """
+    from fedcompose.bases import resolve_base
+    from fedcompose.federation import trusted_federation
+    from fedcompose.keys import load_signer
+    from fedcompose_client.contribute import contribute as sign_contribution
+
+    config = load_config(site)
+    settings = config.domain(domain)
+    now = datetime.now(UTC)
+    federation = trusted_federation(read_limited(site / config.federation, MAX_JSON_BYTES), root_fingerprint, now)
+    made = sign_contribution(
+        site, domain, load_signer(site / config.key), federation, now,
+        call=_open_call(site, now), base=resolve_base(config.base), non_private=not settings.private,
+    )  # fmt: skip
+    if as_json:
+        print_json([{"kind": each.kind, "path": str(each.path), "dirHash": each.dir_hash} for each in made])
+        return
+    _print_contributions(made)
+    next_steps(
+        f"fedcompose verify {site / 'outbox' / domain} --federation {site / config.federation}",
+        f"fedcompose coordinator receive {site / 'outbox' / domain}   (at the coordinator)",
+    )
+
+
+def _open_call(site: Path, now: datetime) -> Call | None:
+    """The newest call that this site accepted and that is still open."""
+    calls = [read_own_call(read_limited(path, MAX_JSON_BYTES)) for path in (site / "calls").glob("*.json")]
+    return max((call for call in calls if call.deadline > now), key=lambda call: call.id, default=None)
+
+
+def _print_accuracy(result: dict[str, Any]) -> None:
+    table = Table("", "accuracy", "95 % interval", "n", box=None)
+    for name, label in (("base", "base"), ("warmup", "warm-up"), ("rlvr", "RLVR")):
+        if entry := result["accuracy"].get(name):
+            interval = f"{entry['low']:.3f} – {entry['high']:.3f}"
+            table.add_row(label, f"{entry['value']:.3f}", interval, str(entry["n"]))
+    out.print(table)
+    if rewards := result["rewards"]:
+        out.print(f"Reward {rewards[0]:.2f} {_sparkline(rewards)} {rewards[-1]:.2f}")
+
+
+def _sparkline(values: Sequence[float], width: int = 40) -> str:
+    """Values as small bars, averaged into at most `width` of them."""
+    count = min(width, len(values))
+    edges = [index * len(values) // count for index in range(count + 1)]
+    means = [sum(values[low:high]) / (high - low) for low, high in itertools.pairwise(edges)]
+    low, span = min(means), (max(means) - min(means)) or 1.0
+    return "".join(SPARKS[round((mean - low) / span * (len(SPARKS) - 1))] for mean in means)
+
+
+def _print_contributions(made: Sequence[VerifiedContribution]) -> None:
+    table = Table("signed", "kind", "size", "digest", box=None)
+    for each in made:
+        size = sum(path.stat().st_size for path in each.path.iterdir())
+        table.add_row(str(each.path), each.kind, f"{size / 1e6:.2f} MB", each.dir_hash[:16])
+    out.print(table)

@@ -17,7 +17,7 @@ import io
 import json
 import logging
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from typing import Any
 from fedcompose import wire
 from fedcompose.bases import resolve_base
 from fedcompose.call import COLLECTION_PERIOD, MAX_CALL_BYTES, Call, verify_call
+from fedcompose.contribution import REQUIRED
 from fedcompose.errors import FedcomposeError, RefusedError
 from fedcompose.federation import Federation, trusted_federation
 from fedcompose.files import MAX_JSON_BYTES, read_limited, write_atomic
@@ -184,30 +185,40 @@ def read_status(folder: Path, domain: str) -> Status:
     run = folder / "runs" / domain
     if (run / "result.json").is_file():
         return Status("trained")
-    progress = _last_line(run / "progress.jsonl")
-    return Status(
-        "training" if progress else "idle",
-        _count(progress, "step", wire.MAX_STEPS),
-        _count(progress, "steps", wire.MAX_STEPS),
-        _count(progress, "eta_s", wire.MAX_ETA_S),
-    )
+    lines = _stage_lines(run / "progress.jsonl")
+    if not lines:
+        return Status("idle")
+    step, steps = (_count(lines[-1], name, wire.MAX_STEPS) for name in ("step", "steps"))
+    return Status("training", step, steps, _eta_s(lines))
 
 
-def _last_line(path: Path) -> dict[str, Any]:
-    """The last whole JSON line of a file that may be absent, or in the middle of being written."""
+def _stage_lines(path: Path) -> list[dict[str, Any]]:
+    """The newest lines of a progress file, all of its last stage; the file may be absent or still growing."""
     try:
         with path.open("rb") as stream:
-            stream.seek(max(0, path.stat().st_size - PROGRESS_TAIL_BYTES))
-            lines = stream.read(PROGRESS_TAIL_BYTES).split(b"\n")[:-1]
-        last = json.loads(lines[-1]) if lines else {}
+            skipped = max(0, os.fstat(stream.fileno()).st_size - PROGRESS_TAIL_BYTES)
+            stream.seek(skipped)
+            tail = stream.read(PROGRESS_TAIL_BYTES).split(b"\n")
+        lines = [json.loads(line) for line in tail[1 if skipped else 0 : -1]]  # neither cut off nor half written
     except (OSError, ValueError):
-        return {}
-    return last if isinstance(last, dict) else {}
+        return []
+    lines = [line for line in lines if isinstance(line, dict)]
+    return [line for line in lines if line.get("stage") == lines[-1].get("stage")]
 
 
-def _count(progress: Mapping[str, Any], name: str, most: int) -> int:
-    """A number that may leave, rounded to an integer; -1 where there is none."""
-    value = progress.get(name)
+def _eta_s(lines: Sequence[Mapping[str, Any]]) -> int:
+    """Seconds to the end of the stage at the pace of these lines; -1 where they do not tell."""
+    first, last = lines[0], lines[-1]
+    try:
+        pace_s = (last["time"] - first["time"]) / (last["step"] - first["step"])
+        return _count({"eta_s": pace_s * (last["steps"] - last["step"])}, "eta_s", wire.MAX_ETA_S)
+    except (KeyError, TypeError, ZeroDivisionError):
+        return -1
+
+
+def _count(fields: Mapping[str, Any], name: str, most: int) -> int:
+    """A number that may leave, as a whole one; -1 where there is none."""
+    value = fields.get(name)
     return int(value) if isinstance(value, int | float) and 0 <= value <= most else -1
 
 
@@ -220,8 +231,8 @@ def _outbox_parts(outbox: Path, call: Call) -> list[Part]:
     Raises: RefusedError: `NOT_READY`.
     """
     kinds = [kind for kind in call.want if (outbox / kind / "model.sig").is_file()]
-    required = {f"{kind}/{name}" for kind in kinds for name in wire.CONTRIBUTION_FILES[kind]}
-    present = [name for name in wire.part_names(kinds) if os.path.lexists(outbox / name)]
+    required = {f"{kind}/{name}" for kind in kinds for name in REQUIRED[kind]}
+    present = [name for name in wire.part_limits(kinds) if os.path.lexists(outbox / name)]
     if not kinds or not required <= set(present):
         raise RefusedError(wire.NOT_READY, "there is no whole signed contribution in the outbox")
     return [_part(outbox, name) for name in present]

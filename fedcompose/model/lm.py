@@ -94,13 +94,16 @@ def merged(model: Any) -> Iterator[None]:
     Sampling reads every weight once per token, so an unmerged adapter costs a quarter of the time of a small model. The
     merged weights are copies: nothing is subtracted afterwards, so no rounding accumulates.
     """
-    layers = [module for module in model.modules() if isinstance(module, LoraLayer) and module.active_adapters]
+    layers: list[Any] = [
+        module for module in model.modules() if isinstance(module, LoraLayer) and module.active_adapters
+    ]
     originals = [layer.get_base_layer().weight.data for layer in layers]
     try:
         with torch.no_grad():
             for layer, weight in zip(layers, originals, strict=True):
-                delta = sum(layer.get_delta_weight(name).float() for name in layer.active_adapters)
-                layer.get_base_layer().weight.data = (weight.float() + delta).to(weight.dtype)
+                for name in layer.active_adapters:
+                    delta = layer.get_delta_weight(name).float()
+                    layer.get_base_layer().weight.data = (weight.float() + delta).to(weight.dtype)
         with model.disable_adapter():
             yield
     finally:
