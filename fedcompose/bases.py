@@ -134,9 +134,7 @@ def describe_base(base: Base) -> BaseCard:
 def model_files(folder: Path) -> list[Path]:
     """The files that loading a base reads, sorted by name; links (as in hub snapshots) are followed."""
     found = [path for path in folder.iterdir() if path.is_file() and not path.name.startswith(".")]
-    return sorted(
-        path for path in found if any(fnmatch.fnmatchcase(path.name, pattern) for pattern in MODEL_FILES)
-    )
+    return sorted(path for path in found if any(fnmatch.fnmatchcase(path.name, pattern) for pattern in MODEL_FILES))
 
 
 def pull_base(ref: str) -> Base:
@@ -195,9 +193,7 @@ def _licence_of(base: Base) -> str:
         return ALIASES[base.name].licence
     card = base.path / "README.md"
     if card.is_file():
-        stated = re.search(
-            r"^license:[ \t]*([\w.+-]{1,60})", card.read_text("utf-8", "replace")[:4096], re.MULTILINE
-        )
+        stated = re.search(r"^license:[ \t]*([\w.+-]{1,60})", card.read_text("utf-8", "replace")[:4096], re.MULTILINE)
         if stated:
             return stated.group(1)
     return "not stated"
@@ -269,9 +265,7 @@ def _download_wheel(requirement: str, folder: Path) -> Path:
         "--no-input",
         "--quiet",
     ]
-    done = subprocess.run(
-        [*command, "--dest", str(folder), requirement], capture_output=True, text=True, check=False
-    )
+    done = subprocess.run([*command, "--dest", str(folder), requirement], capture_output=True, text=True, check=False)
     wheels = list(folder.glob("*.whl"))
     if done.returncode != 0 or len(wheels) != 1:
         raise MissingError(

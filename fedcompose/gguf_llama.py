@@ -132,9 +132,7 @@ def _tokenizer(fields: Mapping[str, Any]) -> bytes:
             "added_tokens": [
                 {"id": index, "content": token, "special": True, "normalized": False}
                 | {"single_word": False, "lstrip": False, "rstrip": False}
-                for index, (token, kind) in enumerate(
-                    zip(tokens, fields["tokenizer.ggml.token_type"], strict=True)
-                )
+                for index, (token, kind) in enumerate(zip(tokens, fields["tokenizer.ggml.token_type"], strict=True))
                 if kind == CONTROL_TOKEN
             ],
             "normalizer": None,
@@ -162,9 +160,7 @@ def _tokenizer(fields: Mapping[str, Any]) -> bytes:
 
 def _tokenizer_config(fields: Mapping[str, Any]) -> dict[str, Any]:
     tokens = fields["tokenizer.ggml.tokens"]
-    special = {
-        f"{short}_token": tokens[fields[f"tokenizer.ggml.{long}_token_id"]] for short, long in _SPECIAL
-    }
+    special = {f"{short}_token": tokens[fields[f"tokenizer.ggml.{long}_token_id"]] for short, long in _SPECIAL}
     return {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "model_max_length": fields["llama.context_length"],

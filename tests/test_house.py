@@ -29,10 +29,7 @@ def pyproject(path: Path) -> dict:
 
 def pins() -> dict[str, Version]:
     lines = [line for line in (ROOT / "constraints.txt").read_text().splitlines() if not line.startswith("#")]
-    return {
-        canonicalize_name(name): Version(version)
-        for name, _, version in (line.partition("==") for line in lines)
-    }
+    return {canonicalize_name(name): Version(version) for name, _, version in (line.partition("==") for line in lines)}
 
 
 def lint_imports(root: Path) -> subprocess.CompletedProcess[str]:
@@ -90,20 +87,13 @@ def test_every_command_is_listed_without_importing_torch() -> None:
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
     for command in ("client", "coordinator", "base", "keys", "federation", "verify", "serve", "chat", "demo"):
-        assert re.search(rf"^│ {command}\b", result.stdout, re.MULTILINE), (
-            f"{command} is missing:\n{result.stdout}"
-        )
+        assert re.search(rf"^│ {command}\b", result.stdout, re.MULTILINE), f"{command} is missing:\n{result.stdout}"
 
 
 def test_the_three_distributions_have_one_version_and_ask_for_exactly_it() -> None:
     version = fedcompose.__version__
     assert {pyproject(path)["version"] for path in PROJECTS} == {version}
-    own = [
-        text
-        for path in PROJECTS
-        for text in requirements(path)
-        if re.match(r"fedcompose-|fedcompose\[.*==", text)
-    ]
+    own = [text for path in PROJECTS for text in requirements(path) if re.match(r"fedcompose-|fedcompose\[.*==", text)]
     assert own
     assert all(text.endswith(f"=={version}") for text in own), own
 
@@ -166,8 +156,7 @@ def test_every_claim_of_the_security_page_names_a_test_that_exists() -> None:
     missing = [
         f"{file}::{name}"
         for file, name in named
-        if not (ROOT / file).is_file()
-        or not re.search(rf"^def {name}\b", (ROOT / file).read_text(), re.MULTILINE)
+        if not (ROOT / file).is_file() or not re.search(rf"^def {name}\b", (ROOT / file).read_text(), re.MULTILINE)
     ]
     assert named
     assert not missing

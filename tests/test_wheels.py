@@ -54,17 +54,13 @@ def machine(folder: Path, installed: list[Path], without: tuple[str, ...]) -> li
     for wheel in installed:
         with zipfile.ZipFile(wheel) as archive:
             archive.extractall(site)
-    start = (
-        f"import sys; sys.path.insert(0, {str(site)!r}); from fedcompose.cli import main; main(sys.argv[1:])"
-    )
+    start = f"import sys; sys.path.insert(0, {str(site)!r}); from fedcompose.cli import main; main(sys.argv[1:])"
     return [sys.executable, "-S", "-c", start]
 
 
 def run(command: list[str], *arguments: str) -> subprocess.CompletedProcess[str]:
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    return subprocess.run(
-        [*command, *arguments], env=environment, cwd="/", capture_output=True, text=True, check=False
-    )
+    return subprocess.run([*command, *arguments], env=environment, cwd="/", capture_output=True, text=True, check=False)
 
 
 def test_each_wheel_holds_its_own_package_and_no_other(wheels: dict[str, Path]) -> None:
@@ -97,9 +93,7 @@ def test_a_machine_with_the_library_alone_verifies_without_any_model_package(
     assert "Traceback" not in refused.stderr
 
 
-def test_a_site_has_no_coordinator_code_and_is_told_how_to_get_it(
-    wheels: dict[str, Path], tmp_path: Path
-) -> None:
+def test_a_site_has_no_coordinator_code_and_is_told_how_to_get_it(wheels: dict[str, Path], tmp_path: Path) -> None:
     python = machine(tmp_path, [wheels["fedcompose"], wheels["fedcompose_client"]], ())
     assert run(python, "client", "--help").returncode == 0
     absent = run(python, "coordinator", "compose")

@@ -62,16 +62,12 @@ def gguf_of(folder: Path, path: Path) -> Path:
     writer.add_unk_token_id(0)
     names = {"model.embed_tokens": "token_embd", "model.norm": "output_norm"}
     short = {"input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm", "o_proj": "attn_output"}
-    short |= {f"{x}_proj": f"attn_{x}" for x in "qkv"} | {
-        f"{x}_proj": f"ffn_{x}" for x in ("gate", "up", "down")
-    }
+    short |= {f"{x}_proj": f"attn_{x}" for x in "qkv"} | {f"{x}_proj": f"ffn_{x}" for x in ("gate", "up", "down")}
     for name, weight in weights.items():
         module = name.removesuffix(".weight")
         if module not in names:
             layer, last = module.split(".")[2], module.rpartition(".")[2]
-            weight = (
-                interleave(weight, HEADS if last == "q_proj" else KV_HEADS) if last[0] in "qk" else weight
-            )
+            weight = interleave(weight, HEADS if last == "q_proj" else KV_HEADS) if last[0] in "qk" else weight
             writer.add_tensor(f"blk.{layer}.{short[last]}.weight", weight)
         else:
             writer.add_tensor(f"{names[module]}.weight", weight)
