@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Sequence
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
 __version__ = "0.1.0"
 
 
-def load(path: Path | str, root_fingerprints: Sequence[str] = ()) -> tuple[Any, Any]:
+def load(
+    path: Path | str, root_fingerprints: Collection[str] | None = None, base: Path | str | None = None
+) -> tuple[Any, Any]:
     """Verify the release in `path`, then load it: (transformers model, tokenizer), ready for `generate`.
 
+    Without fingerprints the roots that this machine remembers for the federation decide. `base` says where the
+    release's base model lies, where its name alone does not.
+
     Raises: RefusedError: when anything in the release is not what its signatures say; nothing is loaded then.
-            MissingError: when this machine lacks the release's base model.
+            MissingError: when this machine lacks the base model.
     """
     # By name, so that importing fedcompose, or verifying, brings in no torch.
-    model, tokenizer = importlib.import_module("fedcompose.model.composed").load(path, root_fingerprints)
+    model, tokenizer = importlib.import_module("fedcompose.model.composed").load(path, root_fingerprints, base)
     return model, tokenizer

@@ -30,7 +30,6 @@ from safetensors.torch import save as dump_safetensors
 from torch import Tensor, nn
 from torch.nn import functional
 
-from fedcompose.adapter import CONFIG_FILE, WEIGHTS_FILE, parse_adapter
 from fedcompose.bases import Base, base_shapes
 from fedcompose.contribution import VerifiedContribution
 from fedcompose.errors import ConfigError, RefusedError
@@ -52,7 +51,7 @@ from fedcompose.model.composed import (
     save_attention,
     save_router,
 )
-from fedcompose.model.experts import TARGETS, Expert, make_expert
+from fedcompose.model.experts import TARGETS, read_expert
 from fedcompose.model.lm import load_base, pad_right
 from fedcompose.model.router import Router, RoutingRecord
 from fedcompose_coordinator.lessons import Lesson, Row, encode, micro_batches, plan_batches
@@ -195,12 +194,6 @@ def compose(
             write_json(folder / "composition.json", composition)
         checkpoint.unlink(missing_ok=True)
     return composition
-
-
-def read_expert(contribution: VerifiedContribution, shapes: Mapping[str, tuple[int, int]]) -> Expert:
-    """The expert in a contribution, from the very bytes that were verified."""
-    config, weights = (contribution.read(name) for name in (CONFIG_FILE, WEIGHTS_FILE))
-    return make_expert(contribution.site, parse_adapter(config, weights, shapes))
 
 
 def completion_loss(model: Any, rows: Sequence[Row], pad_id: int) -> Tensor:

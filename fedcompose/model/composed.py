@@ -8,73 +8,87 @@ Models are changed in place.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load as parse_safetensors
 from safetensors.torch import save as dump_safetensors
 from torch import Tensor, nn
 
-from fedcompose.adapter import Adapter, AdapterConfig, StoredTensor, tensor_name, write_adapter
+from fedcompose.adapter import (
+    CONFIG_FILE,
+    WEIGHTS_FILE,
+    Adapter,
+    AdapterConfig,
+    StoredTensor,
+    parse_adapter,
+    parse_safetensors,
+    tensor_name,
+    write_adapter,
+)
 from fedcompose.bases import Base, base_shapes, resolve_base
 from fedcompose.errors import ConfigError, RefusedError
 from fedcompose.files import read_limited, write_atomic
-from fedcompose.model.experts import TARGETS, Expert, RoutedLinear, load_expert
+from fedcompose.model.experts import TARGETS, Expert, RoutedLinear, load_expert, make_expert, read_expert
 from fedcompose.model.lm import load_base
 from fedcompose.model.router import RoutedBlock, Router, RoutingContext
+from fedcompose.release import ATTENTION_FOLDER as ATTENTION_FOLDER
+from fedcompose.release import MAX_ROUTER_BYTES, ReceivedRelease, VerifiedRelease, verify_release
+from fedcompose.release import ROUTER_FILE as ROUTER_FILE
 
 ATTENTION_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj")
-ROUTER_FILE = "router.safetensors"
-ATTENTION_FOLDER = "attention"
-MAX_ROUTER_BYTES = 64 << 20  # 1,000 experts on a hidden size of 16,384
 _PEFT_NAME = "default"  # PEFT's own name for the only adapter
 
 
-def load(path: Path | str, root_fingerprints: Sequence[str] = (), base: Base | None = None) -> tuple[Any, Any]:
-    """Verify the release in `path`, then load it: (model, tokenizer). See `load_release`.
+def load(
+    path: Path | str, root_fingerprints: Collection[str] | None = None, base: Path | str | None = None
+) -> tuple[Any, Any]:
+    """Verify the release in `path`, then load it: (model, tokenizer). See `verify_release`, `load_release`.
 
     Raises: RefusedError: when anything in the release is not what its signatures say; nothing is loaded then.
     """
-    from fedcompose.release import ReceivedRelease, verify_release
+    release = verify_release(ReceivedRelease(Path(path)), root_fingerprints)
+    return load_release(release, base=None if base is None else resolve_base(base))
 
-    return load_release(verify_release(ReceivedRelease(Path(path)), root_fingerprints), base=base)
 
-
-def load_release(release: Any, dtype: torch.dtype | None = None, base: Base | None = None) -> tuple[Any, Any]:
+def load_release(
+    release: VerifiedRelease, dtype: torch.dtype | None = None, base: Base | None = None
+) -> tuple[Any, Any]:
     """(model, tokenizer) of a verified release, on the base that it names or on the one given.
 
-    Raises: RefusedError: `BASE_MISMATCH` when this base has other bytes than the release was made for.
+    Every file is checked against its signed digest once more as it is read.
+
+    Raises: RefusedError: `BASE_MISMATCH` when the base has other bytes than the one the release was made for,
+                `FILE_CHANGED`.
             MissingError: `BASE_NOT_FOUND`.
     """
-    composition = release.composition
-    base = base or resolve_base(composition["base"]["name"])
-    if base.digest != composition["base"]["dirHash"]:
+    wanted = release.composition["base"]
+    base = base or resolve_base(wanted["name"])
+    if base.digest != wanted["dirHash"]:
         raise RefusedError(
             "BASE_MISMATCH",
             "the release was made for another base model",
-            expected=composition["base"]["dirHash"],
+            expected=wanted["dirHash"],
             got=f"{base.digest} ({base.path})",
         )
-    folders = [release.path / "ingredients" / expert["site"] for expert in composition["experts"]]
-    return assemble(base, folders, release.path, dtype)
-
-
-def assemble(
-    base: Base, experts: Sequence[Path], folder: Path | None, dtype: torch.dtype | None = None
-) -> tuple[Any, Any]:
-    """(model, tokenizer): `base` with the experts, in router row order, and the rest of `folder`.
-
-    `folder` is a candidate or a release: its attention LoRA, where it has one, is merged; its router chooses.
-    """
     model, tokenizer = load_base(base.path, dtype)
     shapes = base_shapes(base)
-    if folder is not None and (folder / ATTENTION_FOLDER).is_dir():
-        merge_attention(model, folder / ATTENTION_FOLDER)
-    if folder is not None and experts:
-        router = load_router(folder / ROUTER_FILE, len(experts), hidden_size(model))
+    if release.composition["attention"] is not None:
+        config, weights = (release.read(f"{ATTENTION_FOLDER}/{name}") for name in (CONFIG_FILE, WEIGHTS_FILE))
+        _merge(model, make_expert(ATTENTION_FOLDER, parse_adapter(config, weights, shapes)))
+    experts = [read_expert(each, shapes) for each in release.experts]
+    router = parse_router(release.read(ROUTER_FILE), len(experts), hidden_size(model))
+    return compose_model(model, experts, router), tokenizer
+
+
+def assemble(base: Base, experts: Sequence[Path], candidate: Path, dtype: torch.dtype | None = None) -> tuple[Any, Any]:
+    """(model, tokenizer): a candidate of one's own, before it is released, with its experts in router row order."""
+    model, tokenizer = load_base(base.path, dtype)
+    shapes = base_shapes(base)
+    merge_attention(model, candidate / ATTENTION_FOLDER)
+    if experts:
+        router = load_router(candidate / ROUTER_FILE, len(experts), hidden_size(model))
         compose_model(model, [load_expert(each, shapes) for each in experts], router)
     return model, tokenizer
 
@@ -137,19 +151,19 @@ def save_router(path: Path, router: Router) -> None:
 
 
 def load_router(path: Path, experts: int, hidden: int) -> Router:
+    """Raises: RefusedError: as `parse_router`."""
+    return parse_router(read_limited(path, MAX_ROUTER_BYTES), experts, hidden)
+
+
+def parse_router(data: bytes, experts: int, hidden: int) -> Router:
     """Raises: RefusedError: `ROUTER_INVALID` for anything but one finite float32 (experts, hidden) matrix."""
-    try:
-        tensors = parse_safetensors(read_limited(path, MAX_ROUTER_BYTES))
-    except SafetensorError as error:
-        raise RefusedError("ROUTER_INVALID", f"{path.name} is not a safetensors file") from error
-    weight = tensors.get("weight")
-    whole = len(tensors) == 1 and weight is not None and weight.dtype == torch.float32
-    if weight is None or not whole or weight.shape != (experts, hidden) or not weight.isfinite().all():
-        raise RefusedError(
-            "ROUTER_INVALID",
-            f"{path.name} does not fit",
-            expected=f"one finite float32 weight ({experts}, {hidden})",
-        )
+    tensors = parse_safetensors(data)
+    stored = tensors.get("weight")
+    if len(tensors) != 1 or stored is None or (stored.dtype, stored.shape) != ("F32", (experts, hidden)):
+        raise RefusedError("ROUTER_INVALID", "the router does not fit", expected=f"weight: F32 ({experts}, {hidden})")
+    weight = torch.tensor(stored.float32())
+    if not weight.isfinite().all():
+        raise RefusedError("ROUTER_INVALID", "the router holds a number that is not finite")
     router = Router(hidden, experts)
     router.weight = nn.Parameter(weight, requires_grad=False)
     return router
@@ -176,15 +190,7 @@ def merge_attention(model: Any, folder: Path) -> None:
 
     Raises: RefusedError: `COMPOSE_TARGETS`, `COMPOSE_SHAPES` when it does not fit the model.
     """
-    expert = load_expert(folder)
-    for name, update in expert.updates.items():
-        linear = _linear(model, name)
-        if linear is None or name.rpartition(".")[2] not in ATTENTION_TARGETS:
-            raise RefusedError("COMPOSE_TARGETS", "the attention LoRA changes something else", got=ascii(name))
-        _check_shape(linear, name, (len(update.b), update.a.shape[1]))
-        with torch.no_grad():
-            weight = linear.weight
-            weight.copy_(weight.float() + update.delta().to(weight.device))
+    _merge(model, load_expert(folder))
 
 
 def hidden_size(model: Any) -> int:
@@ -224,6 +230,16 @@ def _check(model: Any, blocks: Sequence[str], expert: Expert) -> None:
                 fix="train the expert with these targets",
             )
         _check_shape(model.get_submodule(name), name, (len(update.b), update.a.shape[1]))
+
+
+def _merge(model: Any, attention: Expert) -> None:
+    for name, update in attention.updates.items():
+        linear = _linear(model, name)
+        if linear is None or name.rpartition(".")[2] not in ATTENTION_TARGETS:
+            raise RefusedError("COMPOSE_TARGETS", "the attention LoRA changes something else", got=ascii(name))
+        _check_shape(linear, name, (len(update.b), update.a.shape[1]))
+        with torch.no_grad():
+            linear.weight.copy_(linear.weight.float() + update.delta().to(linear.weight.device))
 
 
 def _check_shape(linear: nn.Linear, name: str, shape: tuple[int, int]) -> None:

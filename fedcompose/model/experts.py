@@ -19,7 +19,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from fedcompose.adapter import Adapter, read_adapter
+from fedcompose.adapter import CONFIG_FILE, WEIGHTS_FILE, Adapter, parse_adapter, read_adapter
+from fedcompose.contribution import VerifiedContribution
 from fedcompose.model.router import RoutingContext
 
 TARGETS = ("gate_proj", "up_proj", "down_proj")
@@ -52,6 +53,15 @@ def load_expert(folder: Path, base_shapes: Mapping[str, tuple[int, int]] | None 
     Raises: RefusedError: as `fedcompose.adapter.parse_adapter`.
     """
     return make_expert(folder.name, read_adapter(folder, base_shapes))
+
+
+def read_expert(contribution: VerifiedContribution, base_shapes: Mapping[str, tuple[int, int]]) -> Expert:
+    """The expert in an admitted contribution, from the very bytes that were verified.
+
+    Raises: RefusedError: `FILE_CHANGED`.
+    """
+    config, weights = (contribution.read(name) for name in (CONFIG_FILE, WEIGHTS_FILE))
+    return make_expert(contribution.site, parse_adapter(config, weights, base_shapes))
 
 
 def make_expert(name: str, adapter: Adapter) -> Expert:

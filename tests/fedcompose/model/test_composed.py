@@ -1,8 +1,6 @@
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,12 +8,15 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
+import fedcompose
 from fedcompose.bases import Base, resolve_base
-from fedcompose.errors import ConfigError, RefusedError
+from fedcompose.errors import ConfigError, MissingError, RefusedError
 from fedcompose.model import composed
 from fedcompose.model.experts import Expert, Update, load_expert
-from fedcompose.model.lm import load_base
+from fedcompose.model.lm import load_base, prompt_ids
 from fedcompose.model.router import FixedRouter, Router, UniformRouter
+from tests.federation_sim import FederationSim
+from tests.tiny import make_tiny_base
 from tests.tiny_experts import make_tiny_expert
 
 
@@ -224,10 +225,14 @@ def test_refuses_a_router_of_another_shape_or_with_a_hole(tmp_path: Path) -> Non
     (tmp_path / "junk").write_bytes(b"junk")
 
     assert composed.load_router(tmp_path / "good", 2, 8).weight.shape == (2, 8)
-    for name, experts in (("good", 3), ("nan", 2), ("junk", 2)):
+    for name, experts, code in (
+        ("good", 3, "ROUTER_INVALID"),
+        ("nan", 2, "ROUTER_INVALID"),
+        ("junk", 2, "SAFETENSORS_INVALID"),
+    ):
         with pytest.raises(RefusedError) as refusal:
             composed.load_router(tmp_path / name, experts, 8)
-        assert refusal.value.code == "ROUTER_INVALID"
+        assert refusal.value.code == code
 
 
 def test_refuses_an_attention_lora_that_changes_the_mlp(base: Base, experts: list[Path]) -> None:
@@ -239,22 +244,43 @@ def test_refuses_an_attention_lora_that_changes_the_mlp(base: Base, experts: lis
 
 
 @torch.no_grad()
-def test_loads_a_verified_release_only_on_its_own_base(base: Base, experts: list[Path], tmp_path: Path) -> None:
-    model = _trained(base, experts)
-    _save(model, tmp_path)
-    for site, folder in zip("abc", experts, strict=True):
-        shutil.copytree(folder, tmp_path / "ingredients" / site)
-    composition = {
-        "base": {"name": str(base.path), "dirHash": base.digest},
-        "experts": [{"site": site} for site in "abc"],
-    }
-    release = SimpleNamespace(path=tmp_path, composition=composition)
+def test_a_release_loads_into_a_model_that_generates_with_its_cache(sim: FederationSim) -> None:
+    release = sim.released()
 
-    loaded, tokenizer = composed.load_release(release, torch.float32)
-    torch.testing.assert_close(loaded(_ids()).logits, model(_ids()).logits, rtol=0, atol=1e-5)
-    assert tokenizer.eos_token == "<|im_end|>"
+    model, tokenizer = fedcompose.load(release.path, [sim.root.keyid], base=sim.base.path)
 
-    composition["base"]["dirHash"] = "0" * 64
+    candidate = sim.coordinator_home / "candidate"
+    again, _ = composed.assemble(sim.base, [each.path for each in sim.experts()], candidate)
+    assert torch.equal(model(_ids()).logits, again(_ids()).logits)
+    ids = torch.tensor([prompt_ids(tokenizer, "hello")])
+    with model.routing.recording() as record:
+        written = model.generate(ids, max_new_tokens=6, do_sample=False, eos_token_id=-1)
+    assert written.shape[1] == ids.shape[1] + 6 and len(record.choices) == 6
+
+
+def test_a_release_is_verified_before_anything_is_loaded(sim: FederationSim) -> None:
+    release = sim.released()
+    router = release.path / "router.safetensors"
+    router.chmod(0o644)
+    router.write_bytes(router.read_bytes()[:-1] + b"?")
+
+    for load in (
+        lambda: fedcompose.load(release.path, [sim.root.keyid], base=sim.base.path),
+        lambda: composed.load_release(release, base=sim.base),
+    ):
+        with pytest.raises(RefusedError) as refusal:
+            load()
+        assert refusal.value.code == "FILE_CHANGED"
+
+
+def test_a_release_loads_only_on_its_own_base(sim: FederationSim, tmp_path: Path) -> None:
+    release = sim.released()
+    other = resolve_base(make_tiny_base(tmp_path / "other", seed=1))
+
     with pytest.raises(RefusedError) as refusal:
-        composed.load_release(release)
+        composed.load_release(release, base=other)
     assert refusal.value.code == "BASE_MISMATCH"
+
+    with pytest.raises(MissingError) as missing:
+        composed.load_release(release)
+    assert missing.value.code == "BASE_NOT_FOUND"
