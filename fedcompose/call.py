@@ -15,6 +15,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from fedcompose.contribution import Kind
 from fedcompose.errors import ConfigError, RefusedError
 from fedcompose.federation import BaseModelEntry, Digest, Federation, FederationId, Time, format_time
 from fedcompose.files import dump_json, parse_json
@@ -25,8 +26,6 @@ CALL_TYPE = "application/vnd.fedcompose.call.v1+json"
 MAX_CALL_BYTES = 256 * 1024
 MAX_CALLED_SITES = 1000
 COLLECTION_PERIOD = timedelta(days=30)  # contributions made in time may be fetched for this long after the deadline
-
-Kind = Literal["adapter", "traces"]
 
 
 class CalledSite(BaseModel):

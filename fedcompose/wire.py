@@ -23,6 +23,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args
 
+from fedcompose.contribution import OPTIONAL, REQUIRED, Kind
 from fedcompose.errors import RefusedError
 
 FLOWER_ENVIRONMENT = {
@@ -70,13 +71,6 @@ State = Literal["idle", "training", "trained", "ready"]
 ACTIONS: tuple[Action, ...] = get_args(Action)
 STATES: tuple[State, ...] = get_args(State)
 
-CONTRIBUTION_FILES: Mapping[str, tuple[str, ...]] = {
-    "adapter": ("adapter_config.json", "adapter_model.safetensors", "model.sig", "provenance.json"),
-    "traces": ("model.sig", "provenance.json", "traces.jsonl"),
-}
-OPTIONAL_FILES: Mapping[str, tuple[str, ...]] = {"adapter": ("README.md",), "traces": ()}
-
-MAX_PART_BYTES = 4 * 1024**3
 MAX_STREAM_BYTES = 16 * 1024**3
 WINDOW_BYTES = 32 * 1024**2  # per reply; Flower holds a message about four times over on its way
 MAX_TEXT_CHARS = 256
@@ -123,9 +117,13 @@ def message_type(action: Action) -> str:
     return f"query.{action}"
 
 
-def part_names(kinds: Sequence[str]) -> list[str]:
-    """Every name a contribution of these kinds may have, in stream order."""
-    return [f"{kind}/{name}" for kind in sorted(kinds) for name in (*CONTRIBUTION_FILES[kind], *OPTIONAL_FILES[kind])]
+def part_limits(kinds: Sequence[Kind]) -> dict[str, int]:
+    """Every name that a contribution of these kinds may have, in stream order, with its limit in bytes."""
+    return {
+        f"{kind}/{name}": limit
+        for kind in sorted(kinds)
+        for name, limit in (*REQUIRED[kind].items(), *OPTIONAL[kind].items())
+    }
 
 
 def plan(parts: Sequence[Part], start: int, length: int) -> list[Slice]:
@@ -202,7 +200,7 @@ def contribution_answer(parts: Sequence[Part], slices: Mapping[str, bytes]) -> R
 
 
 def read_contribution(
-    content: RecordDict, kinds: Sequence[str], start: int, length: int
+    content: RecordDict, kinds: Sequence[Kind], start: int, length: int
 ) -> tuple[list[Part], list[tuple[Slice, bytes]]]:
     """The announced files, and exactly the bytes asked for.
 
@@ -218,17 +216,22 @@ def read_contribution(
     return parts, [(piece, _raw_bytes(arrays.get(piece.part.name), piece.length)) for piece in slices]
 
 
-def _read_parts(fields: Mapping[str, Any], kinds: Sequence[str]) -> list[Part]:
+def _read_parts(fields: Mapping[str, Any], kinds: Sequence[Kind]) -> list[Part]:
     names, sizes, digests = (
         _typed(fields.get(name), list, f"a list of {name}") for name in ("names", "sizes", "sha256")
     )
     _require(0 < len(names) == len(sizes) == len(digests), "three lists of one length")
-    _require(names == [name for name in part_names(kinds) if name in names], "known names in the agreed order")
-    _require(all(type(size) is int and 0 <= size <= MAX_PART_BYTES for size in sizes), "sizes within the limit")
+    limits = part_limits(kinds)
+    _require(names == [name for name in limits if name in names], "known names in the agreed order")
+    _require(all(_is_size(size, limits[name]) for name, size in zip(names, sizes, strict=True)), "sizes within limits")
     _require(all(isinstance(digest, str) and SHA256.fullmatch(digest) for digest in digests), "SHA-256 digests")
-    for kind in {name.partition("/")[0] for name in names}:
-        _require({f"{kind}/{name}" for name in CONTRIBUTION_FILES[kind]} <= set(names), "every file of a kind")
+    for kind in [kind for kind in kinds if any(name.startswith(f"{kind}/") for name in names)]:
+        _require({f"{kind}/{name}" for name in REQUIRED[kind]} <= set(names), "every file of a kind")
     return [Part(*row) for row in zip(names, sizes, digests, strict=True)]
+
+
+def _is_size(value: object, limit: int) -> bool:
+    return type(value) is int and 0 <= value <= limit
 
 
 def _raw_bytes(value: object, length: int) -> bytes:

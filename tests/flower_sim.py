@@ -16,10 +16,11 @@ from typing import Any
 
 from fedcompose.bases import resolve_base
 from fedcompose.call import make_call, read_own_call
+from fedcompose.contribution import REQUIRED
 from fedcompose.federation import create_federation, enrol, trusted_federation
 from fedcompose.files import write_atomic
 from fedcompose.keys import FileSigner, load_signer, new_key
-from fedcompose.wire import CONTRIBUTION_FILES, RecordDict, request
+from fedcompose.wire import RecordDict, request
 from fedcompose_client.flower import make_app
 from fedcompose_coordinator.flower import Outcome, make_server_app, newest_call
 from fedcompose_coordinator.local_grid import run_locally
@@ -55,14 +56,18 @@ class FlowerSim:
     def folder(self, site: str) -> Path:
         return self.home.parent / "sites" / site
 
+    def site_signer(self, site: str) -> FileSigner:
+        return load_signer(self.home.parent / "keys" / f"{site}.key")
+
     def call(self, **changes: Any) -> bytes:
         """A call in the coordinator's folder."""
-        options = {
+        options: dict[str, Any] = {
+            "want": ["adapter", "traces"],
             "deadline": self.now + timedelta(days=7),
             "now": self.now,
             "nonce": bytes(range(32)),
-        } | changes
-        envelope = make_call(self.federation, self.signer, "base", ["adapter", "traces"], **options)
+        }
+        envelope = make_call(self.federation, self.signer, "base", **(options | changes))
         write_atomic(self.home / "calls" / f"{read_own_call(envelope).id}.json", envelope)
         return envelope
 
@@ -70,7 +75,7 @@ class FlowerSim:
         """Random bytes under the names of a contribution; transport does not look into them."""
         source = random.Random(site)
         for kind in kinds:
-            for name in CONTRIBUTION_FILES[kind]:
+            for name in REQUIRED[kind]:
                 data = source.randbytes(source.randrange(size))
                 write_atomic(self.outbox(site) / kind / name, data)
 

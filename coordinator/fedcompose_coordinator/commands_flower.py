@@ -1,0 +1,151 @@
+"""`fedcompose coordinator call` and `collect`: ask the sites, and fetch what they signed.
+
+With `--sites` the sites are folders on this machine and everything runs in this process. Without it the
+commands prepare a run of the same apps over a SuperLink, or for carrying files by hand.
+"""
+
+from __future__ import annotations
+
+import secrets
+from dataclasses import asdict
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from fedcompose.call import make_call, read_own_call
+from fedcompose.commands.keys import PassphraseFile
+from fedcompose.console import AsJson, next_steps, out, print_json
+from fedcompose.contribution import KINDS, Kind
+from fedcompose.errors import ConfigError
+from fedcompose.federation import Federation, format_time, trusted_federation
+from fedcompose.files import MAX_JSON_BYTES, read_limited, write_atomic
+from fedcompose.keys import load_signer
+
+if TYPE_CHECKING:  # Flower takes seconds to import
+    from fedcompose_coordinator.flower import Outcome, Step
+
+FLOWER_APP = Path(__file__).parent / "flower_app"
+UNREMARKABLE = ("ACCEPTED", "NOT_READY")
+
+Home = Annotated[Path, typer.Option(help="The coordinator's folder.")]
+Sites = Annotated[list[Path] | None, typer.Option(help="A site's folder on this machine. Repeatable.")]
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands of this module to `app`."""
+    app.command()(call)
+    app.command()(collect)
+
+
+def call(
+    want: Annotated[list[str] | None, typer.Option(help="adapter or traces. Repeatable; both by default.")] = None,
+    base: Annotated[str | None, typer.Option(help="The base, if the federation has several.")] = None,
+    days: Annotated[int, typer.Option(min=1, max=365, help="Until the deadline.")] = 14,
+    sites: Sites = None,
+    key: Annotated[Path | None, typer.Option(help="The coordinator's key, if keys/ holds several.")] = None,
+    home: Home = Path(),
+    passphrase_file: PassphraseFile = None,
+    as_json: AsJson = False,
+) -> None:
+    """Ask every site of the federation to contribute: write a signed call, and hand it to sites that are
+    here.
+
+    Example: fedcompose coordinator call --sites ../sites/math --sites ../sites/logic
+    """
+    now = datetime.now(UTC)
+    federation = trusted_federation(read_limited(home / "federation.json", MAX_JSON_BYTES), None, now)
+    signer = load_signer(key or _only_key(home), passphrase_file)
+    deadline, nonce = now + timedelta(days=days), secrets.token_bytes(32)
+    kinds = [_kind(name) for name in want] if want else list(KINDS)
+    chosen = base or _only_base(federation)
+    envelope = make_call(federation, signer, chosen, kinds, deadline=deadline, now=now, nonce=nonce)
+    made = read_own_call(envelope)
+    path = home / "calls" / f"{made.id}.json"
+    write_atomic(path, envelope)
+    if not as_json:
+        called = ", ".join(f"{site.id} ({site.domain})" for site in made.sites)
+        out.print(f"{path}: {called}, until {format_time(made.deadline)}", markup=False)
+    outcomes = _take_step("call", home, sites, as_json) if sites else []
+    if as_json:
+        print_json({"call": str(path), "id": made.id, "sites": [asdict(outcome) for outcome in outcomes]})
+    elif not sites:
+        next_steps(_over_superlink("call"), f"or by hand: put {path} into the calls/ folder of each site")
+    else:
+        next_steps("the sites train and contribute; then: fedcompose coordinator collect --sites DIR ...")
+    _exit(outcomes)
+
+
+def collect(sites: Sites = None, home: Home = Path(), as_json: AsJson = False) -> None:
+    """Fetch what the sites signed for the newest call; those that are not ready say how far they are.
+
+    Example: fedcompose coordinator collect --sites ../sites/math --sites ../sites/logic
+    """
+    if not sites:
+        raise ConfigError("SITES_MISSING", "no site was named", fix=f"--sites DIR; or {_over_superlink('collect')}")
+    outcomes = _take_step("collect", home, sites, as_json)
+    folders = [folder for outcome in outcomes for folder in outcome.folders]
+    if as_json:
+        print_json({"folders": folders, "sites": [asdict(outcome) for outcome in outcomes]})
+    elif folders:
+        next_steps(f"fedcompose coordinator receive {' '.join(folders)}")
+    _exit(outcomes)
+
+
+def _take_step(step: Step, home: Path, sites: list[Path], as_json: bool) -> list[Outcome]:
+    """Run the ServerApp against sites on this machine, telling of each site as it answers."""
+    from fedcompose_coordinator.flower import make_server_app
+    from fedcompose_coordinator.local_grid import run_locally, site_apps
+
+    outcomes: list[Outcome] = []
+
+    def report(outcome: Outcome) -> None:
+        outcomes.append(outcome)
+        if not as_json:
+            out.print(_line(outcome), markup=False)
+
+    run_locally(make_server_app(home, step, report, node_timeout_s=0), site_apps(sites))
+    return outcomes
+
+
+def _line(outcome: Outcome) -> str:
+    text = f"  {outcome.site} ({outcome.domain}): {outcome.code}"
+    status = outcome.status
+    if status is None or status.state == "ready":
+        return "\n".join([text, *(f"    {folder}" for folder in outcome.folders)])
+    text += f", {status.state}"
+    if status.step >= 0 and status.steps >= 0:
+        text += f", step {status.step} of {status.steps}"
+    return text + (f", about {status.eta_s} s left" if status.eta_s >= 0 else "")
+
+
+def _exit(outcomes: list[Outcome]) -> None:
+    """Status 1 when a site refused or could not be asked."""
+    if any(outcome.code not in UNREMARKABLE for outcome in outcomes):
+        raise typer.Exit(1)
+
+
+def _over_superlink(step: Step) -> str:
+    return f"flwr run {FLOWER_APP} NAME --run-config 'step=\"{step}\"'"
+
+
+def _kind(name: str) -> Kind:
+    for kind in KINDS:
+        if kind == name:
+            return kind
+    raise ConfigError("CALL_INPUT", f"a site cannot contribute {name!a}", expected=" or ".join(KINDS))
+
+
+def _only_base(federation: Federation) -> str:
+    names = [base.name for base in federation.base_models]
+    if len(names) != 1:
+        raise ConfigError("CALL_INPUT", "which base?", expected=f"--base, one of: {', '.join(names)}")
+    return names[0]
+
+
+def _only_key(home: Path) -> Path:
+    keys = sorted((home / "keys").glob("*.key"))
+    if len(keys) != 1:
+        raise ConfigError("CALL_INPUT", f"which key? {home / 'keys'} holds {len(keys)}", fix="name it: --key FILE")
+    return keys[0]
