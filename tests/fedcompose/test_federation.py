@@ -169,6 +169,11 @@ def test_only_a_root_enrols() -> None:
     assert code_of(lambda: enrol(forged, request(SITE, "site-a"), ROOT, NOW)) == "ENVELOPE_KEY"
 
 
+def test_a_root_does_not_continue_a_file_in_which_a_stranger_calls_itself_a_root() -> None:
+    forged = with_roots(FIRST, 1, STRANGER, ROOT, by=(STRANGER,))
+    assert code_of(lambda: enrol(forged, request(SITE, "site-a"), ROOT, NOW)) == "FEDERATION_SIGNERS"
+
+
 def test_one_root_alone_makes_no_version_for_two() -> None:
     shared = with_roots(FIRST, 2, ROOT, ROOT_2, by=(ROOT, ROOT_2))
     assert code_of(lambda: enrol(shared, request(SITE, "site-a"), ROOT, NOW)) == "FEDERATION_SIGNERS"

@@ -263,6 +263,17 @@ def test_refuses_lists_that_two_readers_could_take_differently(names: list[str])
     assert refusal(lambda: verify_files(bundle, SIGNER.public_pem)) == "SIGNATURE_STATEMENT"
 
 
+def test_refuses_a_name_listed_twice_even_if_the_root_digest_counts_it_once() -> None:
+    """Readers that keep the first, and readers that keep the last, would check different bytes."""
+
+    def change(statement: dict[str, Any]) -> None:
+        list_files(["a"])(statement)
+        shadowed = {"name": "a", "algorithm": "sha256", "digest": "f" * 64}
+        statement["predicate"]["resources"].insert(0, shadowed)
+
+    assert refusal(lambda: verify_files(signed_statement(change), SIGNER.public_pem)) == "SIGNATURE_STATEMENT"
+
+
 @pytest.mark.parametrize("names", [["a-b/x", "a/x"], ["a/x", "a-b/x"]], ids=["code points", "path parts"])
 def test_reads_both_orders_that_are_in_use(names: list[str]) -> None:
     signed = verify_files(signed_statement(list_files(names)), SIGNER.public_pem)
