@@ -22,7 +22,7 @@ app = typer.Typer(no_args_is_help=True, help="A site: train on your own data, di
 
 SPARKS = "▁▂▃▄▅▆▇█"
 Site = Annotated[Path, typer.Option("--site", help="The site's folder, where site.toml is.")]
-DomainName = Annotated[str, typer.Option("--domain", help="Which [domains.NAME] of site.toml.")]
+DomainName = Annotated[str, typer.Option("--domain", help="A domain of site.toml, e.g. math.")]
 
 
 @app.command()
