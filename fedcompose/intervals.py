@@ -138,26 +138,18 @@ def retention(domains: Mapping[str, Ingredients]) -> tuple[dict[str, Interval | 
     if not found:
         return per_domain, None
     mean = sum(part.value for part in found) / len(found)
-    return per_domain, _percentiles(
-        mean, np.mean(list(draws.values()), axis=0), sum(part.n for part in found)
-    )
+    return per_domain, _percentiles(mean, np.mean(list(draws.values()), axis=0), sum(part.n for part in found))
 
 
-def _retention_draws(
-    parts: Ingredients, rng: np.random.Generator
-) -> tuple[float | None, NDArray[np.float64]]:
+def _retention_draws(parts: Ingredients, rng: np.random.Generator) -> tuple[float | None, NDArray[np.float64]]:
     """The ratio, and `BOOTSTRAP_DRAWS` ratios of resampled prompts (NaN where the expert gains nothing)."""
     for vector in (parts.base, parts.expert, parts.composed):
         _check_binary(vector)
-    base, expert, composed = (
-        np.asarray(v, dtype=np.int64) for v in (parts.base, parts.expert, parts.composed)
-    )
+    base, expert, composed = (np.asarray(v, dtype=np.int64) for v in (parts.base, parts.expert, parts.composed))
     gain, kept = expert - base, composed - base  # per prompt, in {-1, 0, 1}
     if gain.sum() <= 0:
         return None, np.empty(0)
-    kinds = (gain + 1) * 3 + (
-        kept + 1
-    )  # the resampled sums depend only on how often each of 9 kinds is drawn
+    kinds = (gain + 1) * 3 + (kept + 1)  # the resampled sums depend only on how often each of 9 kinds is drawn
     counts = np.bincount(kinds, minlength=9)
     drawn = rng.multinomial(len(base), counts / len(base), size=BOOTSTRAP_DRAWS)  # (draws, 9)
     gains = drawn @ (np.arange(9) // 3 - 1)

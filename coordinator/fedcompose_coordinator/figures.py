@@ -111,7 +111,7 @@ def shares_chart(title: str, rows: Sequence[tuple[str, Sequence[float]]], expert
             if width > 34:
                 written = h(
                     "text",
-                    f"{share:.0%}",
+                    f"{100 * share:.0f}\u00a0%",
                     x=left + width / 2,
                     y=y + 15,
                     class_="middle",

@@ -18,13 +18,18 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from fedcompose.federation import format_time
 from fedcompose.files import write_atomic, write_json
 from fedcompose.intervals import Interval, mean_interval, unpaired_difference
 from fedcompose_coordinator.headline import headline, plain
 from fedcompose_coordinator.markup import visible
 from fedcompose_coordinator.report_page import page
+
+if TYPE_CHECKING:
+    from fedcompose.contribution import VerifiedContribution
+    from fedcompose.release import VerifiedRelease
 
 SCHEMA = "fedcompose/report/v1"
 MAX_TEXT = 120  # characters of any name or identifier shown; a SHA-256 or a URN is well below
@@ -64,6 +69,53 @@ def build_report(
     report["rlvr_gain"], report["rlvr_gain_mean"] = _rlvr_gain(report["training"])
     report["headline"] = [plain(report, sentence) for sentence in headline(report)]
     return report
+
+
+def describe_release(
+    release: VerifiedRelease, contributions: Sequence[VerifiedContribution], base_folder: Path | None = None
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """`sizes` and `provenance` of a verified release and of everything that was admitted for it.
+
+    Licences are not part of any signed claim, so they are not here; a caller that knows them adds them.
+    """
+    sites: dict[str, dict[str, int]] = {}
+    for each in contributions:
+        sites.setdefault(each.site, {})[each.kind] = sum(folder_sizes(each.path).values())
+    federation = release.federation
+    sizes = {
+        "sites": sites,
+        "release": folder_sizes(release.path),
+        "base": sum(folder_sizes(base_folder).values()) if base_folder else None,
+    }
+    base = release.composition["base"]
+    provenance = {
+        "federation": {
+            "id": federation.id,
+            "version": federation.version,
+            "threshold": federation.threshold,
+            "roots": [root.keyid for root in federation.roots],
+        },
+        "base": {"name": base["name"], "dirHash": base["dirHash"]},
+        "release": {
+            "signer": release.provenance.coordinator,
+            "keyid": release.keyid,
+            "dirHash": release.dir_hash,
+            "signed": format_time(release.provenance.finished),
+        },
+        "contributions": [
+            {
+                "site": each.site,
+                "domain": each.domain,
+                "kind": each.kind,
+                "keyid": each.keyid,
+                "dirHash": each.dir_hash,
+                "signed": format_time(each.provenance.finished),
+                "records": sum(each.provenance.traces.classes.values()) if each.provenance.traces else None,
+            }
+            for each in contributions
+        ],
+    }
+    return sizes, provenance
 
 
 def folder_sizes(folder: Path) -> dict[str, int]:

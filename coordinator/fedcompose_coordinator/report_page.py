@@ -53,7 +53,6 @@ EXPLAINED = {
     "base": "the untouched base model",
 }
 STAGES = {"base": "Base", "warmup": "Warm-up", "rlvr": "RLVR"}
-STAGE_MARKS = {"base": "other", "warmup": "own", "rlvr": "sure"}
 VERDICTS = {
     "better": "a clear gain",
     "worse": "a clear loss",
@@ -62,6 +61,14 @@ VERDICTS = {
 SIGNS = {"better": "▲ ", "worse": "▼ ", "undecided": ""}
 MAX_HEAT = 0.5  # opacity of the colour behind 100 %, so that the figures on it stay readable
 SHORT_DIGEST = 12
+SIGNED = {
+    "kind": "Signed what",
+    "keyid": "Key",
+    "dirHash": "Digest",
+    "signed": "When",
+    "records": "Traces",
+    "licence": "Licence",
+}
 
 Report = Mapping[str, Any]
 
@@ -251,7 +258,10 @@ def _training(report: Report) -> Markup | None:
             _written(report, sentence),
         ),
         h("div", [_training_card(report, site) for site in _sites(report, report["training"])], class_="charts"),
-        _note("Thin line: mean reward of a step. Thick line: mean of the last 5 steps. ● validation accuracy."),
+        _note(
+            "Thin line: mean reward of a step. Thick line: mean of the last 5 steps. ● validation accuracy. "
+            "The filled stage was kept."
+        ),
     )
 
 
@@ -269,7 +279,9 @@ def _training_card(report: Report, site: str) -> Markup:
     if site in report["rlvr_gain"]:
         gain = ("rlvr_gain", site)
         rows.append(_number_row(report, "RLVR added", (*gain, "value"), gain, "points"))
-    marks = [Row(STAGES[stage], log["accuracy"][stage], STAGE_MARKS[stage]) for stage in stages]
+    marks = [
+        Row(STAGES[stage], log["accuracy"][stage], "sure" if log["kept"] == stage else "other") for stage in stages
+    ]
     title = f"Reward and validation of {site}"
     return h(
         "figure",
@@ -367,16 +379,20 @@ def _release_files(report: Report) -> Markup | None:
 
 def _provenance(report: Report) -> Markup | None:
     facts = report["provenance"]
-    rows = [_signed_row(report, index) for index in range(len(facts["contributions"]))]
-    release = facts["release"]
-    if release["dirHash"]:
-        signer = h("th", release["signer"], h("small", "coordinator"), scope="row")
-        keys = [h("td", _digest(release[name])) for name in ("keyid", "dirHash")]
-        cells = [h("td", text) for text in (release["signed"], "", release["licence"])]
-        rows.append(h("tr", signer, h("td", "release"), keys, cells, class_="main"))
+    rows = [*facts["contributions"], *_release_row(facts["release"])]
     if not rows:
         return None
-    names = ("Who", "Signed what", "Key", "Digest", "When", "Records", "Licence")
+    columns = {name: title for name, title in SIGNED.items() if any(row.get(name) not in (None, "") for row in rows)}
+    table = [
+        h(
+            "tr",
+            h("th", row["site"], h("small", row["domain"]), scope="row"),
+            [_signed_cell(report, index, row, name) for name in columns],
+            class_="main" if row["kind"] == "release" else None,
+        )
+        for index, row in enumerate(rows)
+    ]
+    names = [h("th", title, scope="col") for title in ("Who", *columns.values())]
     return _section(
         "provenance",
         "Who made this, from what",
@@ -385,25 +401,25 @@ def _provenance(report: Report) -> Markup | None:
             "A signature proves that its owner said so, not how the training went. Short keys and digests "
             "show their full value on hover, and all of them are in the list below.",
         ),
-        _table(h("tr", [h("th", name, scope="col") for name in names]), rows, "facts"),
+        _table(h("tr", names), table, "facts"),
         _trust(facts),
         _full_digests(facts),
     )
 
 
-def _signed_row(report: Report, index: int) -> Markup:
-    row = report["provenance"]["contributions"][index]
-    records = ("provenance", "contributions", index, "records")
-    return h(
-        "tr",
-        h("th", row["site"], h("small", row["domain"]), scope="row"),
-        h("td", row["kind"]),
-        h("td", _digest(row["keyid"])),
-        h("td", _digest(row["dirHash"])),
-        h("td", row["signed"]),
-        h("td", _n(report, records, "count") if row["records"] is not None else ""),
-        h("td", row["licence"]),
-    )
+def _release_row(release: Mapping[str, str]) -> list[dict[str, Any]]:
+    """The coordinator's own signature, in the form of a contribution's row."""
+    row = {**release, "site": release["signer"], "domain": "coordinator", "kind": "release", "records": None}
+    return [row] if release["dirHash"] else []
+
+
+def _signed_cell(report: Report, index: int, row: Mapping[str, Any], name: str) -> Markup:
+    if name in ("keyid", "dirHash"):
+        return h("td", _digest(row[name]))
+    if name == "records":
+        path: Place = ("provenance", "contributions", index, "records")
+        return h("td", _n(report, path, "count") if row["records"] is not None else "")
+    return h("td", row[name])
 
 
 def _trust(facts: Mapping[str, Any]) -> Markup:

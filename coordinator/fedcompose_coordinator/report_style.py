@@ -18,7 +18,7 @@ STYLE = """
 data,.range,.small th:has(.badge){white-space:nowrap}
 html{-webkit-text-size-adjust:100%}
 body{margin:0;background:var(--paper);color:var(--ink);line-height:1.5;
- font:16px/1.5 system-ui,-apple-system,"Segoe UI",Roboto,"Helvetica Neue",sans-serif}
+ font:1rem/1.5 system-ui,-apple-system,"Segoe UI",Roboto,"Helvetica Neue",sans-serif}
 header,main{max-width:1080px;margin:0 auto;padding:0 16px}
 header{padding-top:36px}
 .kicker{margin:0;color:var(--accent);font-weight:600;letter-spacing:.02em}
@@ -125,7 +125,9 @@ summary{cursor:pointer;color:var(--accent)}
   --e0:#0072b2;--e1:#e69f00;--e2:#009e73;--e3:#cc79a7;--e4:#56b4e9;--e5:#d55e00;--e6:#8f8a1a;
   --t0:#fff}
  *{print-color-adjust:exact;-webkit-print-color-adjust:exact}
- body{font-size:11px}
+ html{font-size:10.5px}
+ details::details-content{content-visibility:visible}
+ summary{display:none}
  header,main{max-width:none;padding:0}
  section{margin:18px 0;padding-top:12px}
  h2{break-after:avoid}

@@ -97,7 +97,7 @@ def sample_sizes() -> dict[str, Any]:
 def sample_provenance() -> dict[str, Any]:
     rows = [
         {"site": site, "domain": domain, "kind": kind, "keyid": digest(site), "dirHash": digest(site + kind),
-         "signed": "2026-01-15T09:12:00Z", "records": 600, "licence": "Apache-2.0"}
+         "signed": "2026-01-15T09:12:00Z", "records": 600 if kind == "traces" else None, "licence": "Apache-2.0"}
         for site, domain in SITES.items() for kind in ("adapter", "traces")
     ]  # fmt: skip
     return {

@@ -14,7 +14,7 @@ import pytest
 from fedcompose_coordinator.evaluation import summarise
 from fedcompose_coordinator.headline import FORMS
 from fedcompose_coordinator.markup import Markup, h
-from fedcompose_coordinator.report import build_report, write_report
+from fedcompose_coordinator.report import build_report, describe_release, write_report
 from fedcompose_coordinator.report_page import page
 from tests.coordinator.sample_report import (
     sample_plan,
@@ -23,6 +23,7 @@ from tests.coordinator.sample_report import (
     sample_training,
     write_cells,
 )
+from tests.federation_sim import FederationSim
 
 VOID = {"meta", "br", "hr", "img", "input", "link"}
 HOSTILE = '"><script>alert(1)</script><img src=https://evil.example/x onerror=y>\u202e\x1b[31m'
@@ -246,6 +247,24 @@ def test_rlvr_gain_is_reported_with_its_doubt(report: dict[str, Any]) -> None:
     gain = report["rlvr_gain"]["archive"]
     assert gain["value"] == pytest.approx(0.035) and gain["low"] < 0 < gain["high"]
     assert "a clear gain" in page(report)
+
+
+def test_a_verified_release_describes_itself(sim: FederationSim, evaluation: dict[str, Any]) -> None:
+    release = sim.released()
+    sizes, provenance = describe_release(release, sim.admitted(), sim.base.path)
+    report = build_report(evaluation, {}, sizes, provenance)
+    shown = Page(page(report)).text
+    rows = report["provenance"]["contributions"]
+    assert {(row["site"], row["kind"]) for row in rows} == {
+        (site, kind) for site in ("site-a", "site-b") for kind in ("adapter", "traces")
+    }
+    assert all(row["keyid"] in shown and row["dirHash"] in shown for row in rows)
+    assert release.dir_hash in shown and sim.root.keyid in shown and "Licence" not in shown
+    folder = next(each.path for each in sim.admitted() if each.site == "site-a" and each.kind == "adapter")
+    shipped = sum(path.stat().st_size for path in folder.iterdir())
+    assert report["sizes"]["sites"]["site-a"]["adapter"] == shipped
+    traces = next(row for row in rows if row["kind"] == "traces")
+    assert traces["records"] and f"fedcompose verify release --root-fingerprint {sim.root.keyid}" in shown
 
 
 def test_bytes_that_left_a_site_add_up(report: dict[str, Any]) -> None:

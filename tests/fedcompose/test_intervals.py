@@ -52,9 +52,7 @@ def test_accuracy_refuses_what_is_not_right_or_wrong(vector: list[int]) -> None:
         accuracy(vector)
 
 
-@pytest.mark.parametrize(
-    "counts", [(90, 20, 8, 82), (10, 0, 0, 190), (0, 30, 0, 0), (50, 3, 3, 44), (100, 9, 1, 90)]
-)
+@pytest.mark.parametrize("counts", [(90, 20, 8, 82), (10, 0, 0, 190), (0, 30, 0, 0), (50, 3, 3, 44), (100, 9, 1, 90)])
 def test_the_paired_limits_are_where_the_score_statistic_reaches_the_quantile(
     counts: tuple[int, ...],
 ) -> None:
