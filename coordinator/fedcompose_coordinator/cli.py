@@ -1,12 +1,263 @@
-"""`fedcompose coordinator`."""
+"""`fedcompose coordinator`: init, call, collect, receive, compose, evaluate, release, report, in that order."""
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
 import typer
+from rich.table import Table
 
-app = typer.Typer(no_args_is_help=True, help="Commands of a coordinator.")
+from fedcompose.bases import Base, base_shapes, resolve_base
+from fedcompose.commands.keys import PassphraseFile
+from fedcompose.console import AsJson, next_steps, out, print_json, progress_bars
+from fedcompose.contribution import VerifiedContribution
+from fedcompose.errors import ConfigError, RefusedError
+from fedcompose.federation import Federation, trusted_federation
+from fedcompose.files import MAX_JSON_BYTES, read_limited, write_atomic
+from fedcompose.keys import load_signer
+from fedcompose_coordinator import commands_flower
+from fedcompose_coordinator.config import CONFIG_NAME, CoordinatorConfig, load_config, template
+
+if TYPE_CHECKING:  # torch takes seconds to import
+    from fedcompose_coordinator.lessons import Lesson
+
+CANDIDATE = "candidate"
+ATTENTION_ONLY = "control-attention-only"
+METHODS = ("base", "uniform", "random_router", "attention_only", "best_single", "composed")
+
+app = typer.Typer(no_args_is_help=True, help="The coordinator: verify what sites ship, compose, evaluate, release.")
+Home = Annotated[Path, typer.Option("--home", help="The coordinator's folder, where coordinator.toml is.")]
+Fingerprints = Annotated[
+    list[str] | None, typer.Option("--root-fingerprint", help="Fingerprint of the federation's root, the first time.")
+]
 
 
-@app.callback()
-def _role() -> None:
-    pass
+@app.command()
+def init(
+    coordinator_id: Annotated[str, typer.Option("--id", help="Your name in the federation.")] = "hub",
+    base: Annotated[str, typer.Option(help="Base model: alias, folder or hub id.")] = "smollm2-135m",
+    home: Home = Path(),
+) -> None:
+    """Write a commented coordinator.toml to adapt.
+
+    Example: fedcompose coordinator init --id hub
+    """
+    path = home / CONFIG_NAME
+    if path.exists():
+        raise ConfigError("COORDINATOR_EXISTS", f"{path} is already there", fix="edit it, or remove it first")
+    write_atomic(path, template(id=coordinator_id, base=base).encode())
+    load_config(home)
+    out.print(f"Wrote {path}", markup=False)
+    next_steps(f"fedcompose keys new {coordinator_id} --role coordinator", "fedcompose coordinator receive DIR ...")
+
+
+commands_flower.register(app)
+
+
+@app.command()
+def receive(
+    folders: Annotated[list[Path], typer.Argument(help="Signed folders, or folders that hold some.")],
+    home: Home = Path(),
+    root_fingerprint: Fingerprints = None,
+    as_json: AsJson = False,
+) -> None:
+    """Verify contributions in quarantine and admit them, or refuse them with a code.
+
+    Example: fedcompose coordinator receive inbox/
+    """
+    from fedcompose_coordinator.intake import receive as take_in
+
+    _, federation, base = _open(home, root_fingerprint)
+    receipts = take_in(folders, home, federation, base_shapes(base), datetime.now(UTC))
+    if as_json:
+        print_json(
+            [
+                {
+                    "folder": str(receipt.source),
+                    "outcome": receipt.outcome,
+                    "error": receipt.refusal.as_dict() if receipt.refusal else None,
+                }
+                for receipt in receipts
+            ]
+        )
+    else:
+        table = Table("folder", "outcome", "site", "kind", "digest", box=None)
+        for receipt in receipts:
+            made = receipt.contribution
+            known = (made.site, made.kind, made.dir_hash[:16]) if made else ("", "", "")
+            outcome = receipt.refusal.code if receipt.refusal else receipt.outcome
+            table.add_row(str(receipt.source), outcome, *known)
+        out.print(table)
+    refusals = [receipt for receipt in receipts if receipt.refusal]
+    for receipt in refusals:
+        out.print(f"{receipt.refusal and receipt.refusal.diagnostics()}\n  kept in   {receipt.kept}", markup=False)
+    if refusals:
+        raise typer.Exit(RefusedError.exit_status)
+    if not as_json:
+        next_steps("fedcompose coordinator compose")
+
+
+@app.command()
+def compose(
+    home: Home = Path(),
+    attention_only: Annotated[
+        bool, typer.Option("--attention-only", help="Train the control: the attention LoRA without any expert.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Train the router and the attention LoRA over the admitted experts.
+
+    Example: fedcompose coordinator compose
+    """
+    from fedcompose_coordinator.compose import ComposeSettings
+    from fedcompose_coordinator.compose import compose as train_router
+
+    config, federation, base = _open(home, None)
+    admitted = _admitted(home, federation)
+    wanted = config.compose
+    settings = ComposeSettings(
+        steps=wanted.steps, batch=wanted.batch, router_lr=wanted.router_lr, attention_lr=wanted.attention_lr,
+        attention_rank=wanted.attention_rank, attention_alpha=2 * wanted.attention_rank,
+    )  # fmt: skip
+    target = home / (ATTENTION_ONLY if attention_only else CANDIDATE)
+    with progress_bars() as bars:
+        lessons = _lessons(config, admitted, base, bars)
+        bar = bars.add_task("compose", total=settings.steps, note="")
+
+        def show(step: int, steps: int, note: str) -> None:
+            bars.update(bar, completed=step, total=steps, note=note)
+
+        composition = train_router(
+            admitted, lessons, base, settings, wanted.seed, target, experts=not attention_only, on_step=show
+        )
+    if as_json:
+        print_json(composition)
+        return
+    out.print(f"Composed {len(composition['experts'])} experts from {len(lessons)} traces in {target}", markup=False)
+    next_steps("fedcompose coordinator evaluate")
+
+
+@app.command()
+def evaluate(
+    home: Home = Path(),
+    worker: Annotated[bool, typer.Option("--worker", hidden=True)] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Measure base, experts, candidate and controls on the same held-out prompts.
+
+    Example: fedcompose coordinator evaluate
+    """
+    from fedcompose_coordinator.bench import greedy_answers, open_bench
+    from fedcompose_coordinator.evaluation import CELLS_FOLDER, Domain, finished, make_plan, measure
+    from fedcompose_coordinator.evaluation import evaluate as measure_all
+
+    config, federation, base = _open(home, None)
+    admitted = _admitted(home, federation)
+    control = home / ATTENTION_ONLY if (home / ATTENTION_ONLY).is_dir() else None
+    wanted = config.evaluate
+    plan = make_plan(
+        home / CANDIDATE, admitted, [Domain(name, d.site, d.generator, d.config) for name, d in config.domains.items()],
+        base, per_domain=wanted.prompts_per_domain, max_new_tokens=wanted.max_new_tokens, attention_only=control,
+        seed=config.compose.seed,
+    )  # fmt: skip
+
+    def bench() -> Any:
+        return open_bench(home / CANDIDATE, admitted, base, control)
+
+    if worker:
+        measure(plan, home / CELLS_FOLDER, bench, greedy_answers)
+        return
+    with progress_bars() as bars:
+        bar = bars.add_task("evaluate", total=len(plan.cells()), completed=finished(plan, home / CELLS_FOLDER), note="")
+        evaluation = measure_all(
+            plan, home, bench, greedy_answers, processes=wanted.processes,
+            workers=[sys.executable, "-m", "fedcompose", "coordinator", "evaluate", "--home", str(home), "--worker"],
+            on_cell=lambda done, of: bars.update(bar, completed=done, total=of),
+        )  # fmt: skip
+    if as_json:
+        print_json(evaluation)
+        return
+    out.print(accuracy_table(evaluation))
+    next_steps("fedcompose coordinator release")
+
+
+@app.command()
+def release(home: Home = Path(), passphrase_file: PassphraseFile = None, as_json: AsJson = False) -> None:
+    """Sign the candidate and its ingredients as one folder that anyone can verify.
+
+    Example: fedcompose coordinator release
+    """
+    from fedcompose_coordinator.publish import release as publish
+
+    config, federation, _ = _open(home, None)
+    signer = load_signer(home / config.key, passphrase_file)
+    made = publish(home, signer, federation, home / CANDIDATE, _admitted(home, federation), datetime.now(UTC))
+    if as_json:
+        print_json({"path": str(made.path), "dirHash": made.dir_hash})
+        return
+    out.print(f"Signed release {made.dir_hash[:16]} in {made.path}", markup=False)
+    next_steps(f"fedcompose verify {made.path}", f"fedcompose serve {made.path}")
+
+
+def accuracy_table(evaluation: dict[str, Any]) -> Table:
+    """Methods × domains with 95 % intervals, for a terminal."""
+    accuracy = evaluation["accuracy"]
+    domains = [domain["name"] for domain in evaluation["domains"]]
+    table = Table("", *domains, "mean", box=None)
+    experts = [name for name in accuracy if name.startswith("expert:")]
+    for method in (METHODS[0], *experts, *METHODS[1:]):
+        if method in accuracy:
+            cells = [accuracy[method][domain] for domain in domains]
+            shown = [f"{cell['value']:.2f} [dim]{cell['low']:.2f}–{cell['high']:.2f}[/dim]" for cell in cells]
+            style = "bold" if method == "composed" else None
+            table.add_row(method, *shown, f"{sum(cell['value'] for cell in cells) / len(cells):.2f}", style=style)
+    return table
+
+
+def _open(home: Path, fingerprints: list[str] | None) -> tuple[CoordinatorConfig, Federation, Base]:
+    """Settings, trusted federation, and the base, which must be one of the federation's."""
+    config = load_config(home)
+    envelope = read_limited(home / config.federation, MAX_JSON_BYTES)
+    federation = trusted_federation(envelope, fingerprints, datetime.now(UTC))
+    base = resolve_base(config.base)
+    known = {entry.dir_hash: entry.name for entry in federation.base_models}
+    if base.digest not in known:
+        raise RefusedError(
+            "BASE_MISMATCH",
+            f"{config.base} is not a base of federation {federation.name!a}",
+            expected=", ".join(f"{name} {digest[:16]}" for digest, name in known.items()),
+            got=base.digest[:16],
+            fix="pull the same base with the same library versions, or have the roots list this one",
+        )
+    return config, federation, Base(known[base.digest], base.path, base.digest)
+
+
+def _admitted(home: Path, federation: Federation) -> list[VerifiedContribution]:
+    from fedcompose_coordinator.intake import admitted
+
+    return admitted(home, federation)
+
+
+def _lessons(
+    config: CoordinatorConfig, admitted: Sequence[VerifiedContribution], base: Base, bars: Any
+) -> list[Lesson]:
+    """The sites' traces; where a site shipped none, its expert sampled on the domain's declared generator."""
+    from fedcompose_coordinator.lessons import lessons_of
+    from fedcompose_coordinator.sampled import sample_lessons
+
+    lessons = lessons_of(admitted)
+    covered = {lesson.domain for lesson in lessons}
+    for expert in admitted:
+        declared = config.domains.get(expert.domain)
+        if expert.kind == "adapter" and expert.domain not in covered and declared:
+            bar = bars.add_task(f"sample {expert.site}", total=config.compose.sampled_prompts, note="")
+            lessons += sample_lessons(
+                expert, declared, base, config.compose, config.evaluate.max_new_tokens,
+                partial(bars.advance, bar),
+            )  # fmt: skip
+    return lessons
