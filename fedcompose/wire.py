@@ -51,6 +51,7 @@ from flwr.supercore.task_identity import TaskIdentity  # noqa: E402
 
 # ErrorCode, NodeInfo, Run and TaskIdentity are internals of Flower 1.41; no others are used anywhere.
 __all__ = [
+    "Array",
     "ArrayRecord",
     "ClientApp",
     "ConfigRecord",

@@ -1,22 +1,23 @@
 """A federation for transport tests: real keys, a real federation file, random bytes in the sites' outboxes.
 
-sim = FlowerSim(tmp_path, sites={"site-a": "math", "site-b": "logic"})
-sim.call()                       # a signed call in the coordinator's calls/
-sim.fill_outbox("site-a")        # as if site-a had trained and signed
-sim.run("call"); sim.run("collect")
+sim = FlowerSim(tmp_path)    # site-a (math) and site-b (logic)
+sim.call()                   # a signed call in the coordinator's calls/
+sim.run("call")              # now the sites have accepted it
+sim.fill_outbox("site-a")    # as if site-a had trained and signed
+sim.run("collect")
 """
 
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
 from fedcompose.bases import resolve_base
 from fedcompose.call import make_call, read_own_call
-from fedcompose.contribution import REQUIRED
+from fedcompose.contribution import KINDS, REQUIRED, Kind
 from fedcompose.federation import create_federation, enrol, trusted_federation
 from fedcompose.files import write_atomic
 from fedcompose.keys import FileSigner, load_signer, new_key
@@ -49,6 +50,8 @@ class FlowerSim:
         for site, domain in sites.items():
             _, envelope = self._member(keys, site, "site", domain, envelope)
             self._make_site(root, site, domain)
+        lines = ['id = "hub"', f'base = "{self.base}"', f'key = "{keys / "hub.key"}"']
+        write_atomic(self.home / "coordinator.toml", "\n".join(lines).encode())
         for folder in (self.home, *map(self.folder, sites)):
             write_atomic(folder / "federation.json", envelope)
         self.federation = trusted_federation(envelope, [self.root_signer.keyid], self.now)
@@ -71,7 +74,7 @@ class FlowerSim:
         write_atomic(self.home / "calls" / f"{read_own_call(envelope).id}.json", envelope)
         return envelope
 
-    def fill_outbox(self, site: str, size: int = 3000, kinds: tuple[str, ...] = ("adapter", "traces")) -> None:
+    def fill_outbox(self, site: str, size: int = 3000, kinds: Sequence[Kind] = KINDS) -> None:
         """Random bytes under the names of a contribution; transport does not look into them."""
         source = random.Random(site)
         for kind in kinds:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from fedcompose.bases import resolve_base
 from fedcompose.call import make_call, read_own_call
 from fedcompose.commands.keys import PassphraseFile
 from fedcompose.console import AsJson, next_steps, out, print_json
@@ -22,6 +23,7 @@ from fedcompose.errors import ConfigError
 from fedcompose.federation import Federation, format_time, trusted_federation
 from fedcompose.files import MAX_JSON_BYTES, read_limited, write_atomic
 from fedcompose.keys import load_signer
+from fedcompose_coordinator.config import CONFIG_NAME, load_config
 
 if TYPE_CHECKING:  # Flower takes seconds to import
     from fedcompose_coordinator.flower import Outcome, Step
@@ -41,10 +43,8 @@ def register(app: typer.Typer) -> None:
 
 def call(
     want: Annotated[list[str] | None, typer.Option(help="adapter or traces. Repeatable; both by default.")] = None,
-    base: Annotated[str | None, typer.Option(help="The base, if the federation has several.")] = None,
     days: Annotated[int, typer.Option(min=1, max=365, help="Until the deadline.")] = 14,
     sites: Sites = None,
-    key: Annotated[Path | None, typer.Option(help="The coordinator's key, if keys/ holds several.")] = None,
     home: Home = Path(),
     passphrase_file: PassphraseFile = None,
     as_json: AsJson = False,
@@ -55,12 +55,13 @@ def call(
     Example: fedcompose coordinator call --sites ../sites/math --sites ../sites/logic
     """
     now = datetime.now(UTC)
-    federation = trusted_federation(read_limited(home / "federation.json", MAX_JSON_BYTES), None, now)
-    signer = load_signer(key or _only_key(home), passphrase_file)
-    deadline, nonce = now + timedelta(days=days), secrets.token_bytes(32)
+    config = load_config(home)
+    federation = trusted_federation(read_limited(home / config.federation, MAX_JSON_BYTES), None, now)
+    signer = load_signer(home / config.key, passphrase_file)
+    base = _agreed_base(federation, config.base)
     kinds = [_kind(name) for name in want] if want else list(KINDS)
-    chosen = base or _only_base(federation)
-    envelope = make_call(federation, signer, chosen, kinds, deadline=deadline, now=now, nonce=nonce)
+    deadline, nonce = now + timedelta(days=days), secrets.token_bytes(32)
+    envelope = make_call(federation, signer, base, kinds, deadline=deadline, now=now, nonce=nonce)
     made = read_own_call(envelope)
     path = home / "calls" / f"{made.id}.json"
     write_atomic(path, envelope)
@@ -137,15 +138,16 @@ def _kind(name: str) -> Kind:
     raise ConfigError("CALL_INPUT", f"a site cannot contribute {name!a}", expected=" or ".join(KINDS))
 
 
-def _only_base(federation: Federation) -> str:
-    names = [base.name for base in federation.base_models]
-    if len(names) != 1:
-        raise ConfigError("CALL_INPUT", "which base?", expected=f"--base, one of: {', '.join(names)}")
-    return names[0]
-
-
-def _only_key(home: Path) -> Path:
-    keys = sorted((home / "keys").glob("*.key"))
-    if len(keys) != 1:
-        raise ConfigError("CALL_INPUT", f"which key? {home / 'keys'} holds {len(keys)}", fix="name it: --key FILE")
-    return keys[0]
+def _agreed_base(federation: Federation, ref: str) -> str:
+    """The federation's name for the coordinator's own base, known by its digest."""
+    digest = resolve_base(ref).digest
+    for base in federation.base_models:
+        if base.dir_hash == digest:
+            return base.name
+    raise ConfigError(
+        "CALL_INPUT",
+        f"the federation does not build on the base {ref!a}",
+        expected=", ".join(f"{base.name} ({base.dir_hash})" for base in federation.base_models),
+        got=digest,
+        fix=f"correct `base` in {CONFIG_NAME}, or ask the federation's roots to add this base",
+    )

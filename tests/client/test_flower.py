@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -34,7 +35,8 @@ CANARY = "PRIVATE-CANARY-7f3a"
 
 
 @pytest.fixture
-def sim(tmp_path: Path) -> FlowerSim:
+def sim(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FlowerSim:
+    monkeypatch.setattr(os, "fsync", lambda _: None)  # nothing here has to survive a power cut, and it is slow
     return FlowerSim(tmp_path)
 
 

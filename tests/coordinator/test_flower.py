@@ -4,6 +4,7 @@ network."""
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
@@ -22,7 +23,8 @@ from tests.flower_sim import FlowerSim, files_of
 
 
 @pytest.fixture
-def sim(tmp_path: Path) -> FlowerSim:
+def sim(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FlowerSim:
+    monkeypatch.setattr(os, "fsync", lambda _: None)  # nothing here has to survive a power cut, and it is slow
     return FlowerSim(tmp_path)
 
 
@@ -71,9 +73,9 @@ def test_a_call_and_two_contributions_cross_byte_for_byte(sim: FlowerSim) -> Non
         assert files_of(sim.inbox(site)) == files_of(sim.outbox(site))
 
 
-@pytest.mark.parametrize("window_bytes", [1, 7, 1000])
+@pytest.mark.parametrize("window_bytes", [3, 7, 1000])
 def test_windows_of_any_size_give_the_same_bytes(called: FlowerSim, window_bytes: int) -> None:
-    called.fill_outbox("site-a", size=30 if window_bytes < 100 else 3000)
+    called.fill_outbox("site-a", size=10 * window_bytes)
     outcomes = called.run("collect", window_bytes=window_bytes)
     assert outcomes["site-a"].code == "ACCEPTED"
     assert files_of(called.inbox("site-a")) == files_of(called.outbox("site-a"))
@@ -276,8 +278,7 @@ def command(sim: FlowerSim, *arguments: str, sites: bool = True) -> tuple[int, d
 
 
 def test_the_commands_call_and_collect_from_folders_on_this_machine(sim: FlowerSim) -> None:
-    key = sim.home.parent / "keys" / "hub.key"
-    status, called = command(sim, "call", "--days", "3", "--key", str(key))
+    status, called = command(sim, "call", "--days", "3")
     assert status == 0
     assert read_own_call(Path(called["call"]).read_bytes()).id == called["id"]
     for site in sim.sites:
@@ -288,7 +289,18 @@ def test_the_commands_call_and_collect_from_folders_on_this_machine(sim: FlowerS
 
 
 def test_the_command_fails_when_a_site_refuses(sim: FlowerSim) -> None:
-    (sim.base / "config.json").write_bytes(b'{"another": "base"}')
-    status, called = command(sim, "call", "--key", str(sim.home.parent / "keys" / "hub.key"))
+    config = sim.folder("site-a") / "site.toml"
+    config.write_text(config.read_text().replace("domains.math", "domains.chess"))
+    status, called = command(sim, "call")
     assert status == 1
-    assert [site["code"] for site in called["sites"]] == ["CALL_BASE", "CALL_BASE"]
+    assert [site["code"] for site in called["sites"]] == ["DOMAIN_UNKNOWN", "ACCEPTED"]
+
+
+def test_the_command_makes_no_call_for_a_base_that_the_federation_does_not_have(sim: FlowerSim) -> None:
+    (sim.base / "config.json").write_bytes(b'{"another": "base"}')
+    app = typer.Typer()
+    commands_flower.register(app)
+    result = CliRunner().invoke(app, ["call", "--home", str(sim.home)])
+    assert isinstance(result.exception, ConfigError)
+    assert result.exception.code == "CALL_INPUT"
+    assert not (sim.home / "calls").exists()
