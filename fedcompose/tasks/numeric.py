@@ -23,9 +23,10 @@ _DIGITS = r"(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|\.\d+"
 _PLAIN = re.compile(rf"[$€£]?(?P<sign>[-+−]?)[$€£]?(?P<number>{_DIGITS})(?:\s*/\s*(?P<below>\d+))?\s*(?P<percent>%?)")
 _IN_TEXT = re.compile(rf"(?<![\w.])(?:[-−](?=[$€£]?[\d.]))?[$€£]?(?:{_DIGITS})(?:/\d+)?%?")
 # What math-verify may see: short numbers, operators, a few commands, one exponent of at most two digits.
+# Atomic, so that reading takes linear time.
 _LATEX = re.compile(
-    r"(?:\\(?:[dt]?frac|sqrt|pi|cdot|times|left|right|[,!%$])|sqrt"
-    r"|\^\{?-?\d{1,2}\}?(?!\d)|\d{1,15}|[-+*/().,{}\s%$])+"
+    r"(?>\\(?:[dt]?frac|sqrt|pi|cdot|times|left|right|[,!%$])|sqrt"
+    r"|\^\{?-?\d{1,2}\}?(?!\d)|\d{1,15}(?!\d)|[-+*/().,{}\s%$])+"
 )
 _FRACTION = re.compile(r"\\[dt]?frac\{(\d+)\}\{(\d+)\}")
 _CLOSED_FORM = re.compile(r"\\[dt]?frac|sqrt|pi|\^")

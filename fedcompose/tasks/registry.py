@@ -102,15 +102,23 @@ def _added() -> dict[str, EntryPoint]:
 
 @cache
 def _load(name: str) -> object:
-    """The object behind an entry point. Raises: ConfigError: `TASK_NAME_TAKEN`, `TASK_BROKEN`."""
+    """The object behind an entry point. Raises: ConfigError: `TASK_BROKEN`."""
     point = _added()[name]
-    loaded: object = point.load()
+    try:
+        loaded: object = point.load()
+    except (ImportError, AttributeError) as error:
+        raise _broken(point, str(error)) from error
     if getattr(loaded, "name", None) != name:
-        raise ConfigError(
-            "TASK_BROKEN", f"the installed task {name!a} is not what its entry point says",
-            expected=f"an object whose name is {name!a}", got=point.value,
-        )  # fmt: skip
+        raise _broken(point, "an object of another name")
     return loaded
+
+
+def _broken(point: EntryPoint, got: str) -> ConfigError:
+    return ConfigError(
+        "TASK_BROKEN", f"the installed task {point.name!a} cannot be used",
+        expected=f"{point.value} to be a task or generator named {point.name!a}", got=got,
+        fix=f"correct or uninstall the package {point.dist.name if point.dist else 'that provides it'}",
+    )  # fmt: skip
 
 
 def _unknown(kind: str, name: str, known: list[str]) -> ConfigError:

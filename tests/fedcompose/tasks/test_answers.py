@@ -76,7 +76,8 @@ def test_an_unevaluated_sum_is_not_even_well_formed() -> None:
     [
         "9^{9^{9^9}}", "(" * 25 + "\\pi" + ")" * 25, "(" * 6 + "\\pi" + ")" * 6,
         "\\sqrt{" * 6 + "2" + "}" * 6,
-        "9" * 5000, "99999999999^{99}", "10**10**10", "\\frac{1}{\\frac{1}{\\frac{1}{\\sqrt{99^{99}}}}}",
+        "9" * 5000, "99999999999^{99}", "10**10**10",
+        "1" * 58 + "x", "^1}" * 19 + "x", "\\frac{1}{\\frac{1}{\\frac{1}{\\sqrt{99^{99}}}}}",
     ],
 )  # fmt: skip
 def test_no_answer_keeps_the_scorer_busy(text: str) -> None:
