@@ -65,8 +65,11 @@ def run(plan: Plan, folder: Path) -> dict[str, Any]:
     return evaluate(plan, folder, lambda: FakeBench(folder / "log"), fake_answers)
 
 
-def work(folder: str, die_after: int = -1) -> None:
-    """One process of the grid; it ends without a word after `die_after` cells."""
+def work(folder: str, die_after: int = -1, together: int = 1) -> None:
+    """One of `together` processes that begin at the same time; it ends without a word after `die_after` cells."""
+    (Path(folder) / f"ready-{os.getpid()}").touch()
+    while len(list(Path(folder).glob("ready-*"))) < together:
+        time.sleep(0.01)
 
     def dying(model: str, *rest: Any) -> list[str]:
         nonlocal die_after
@@ -78,8 +81,8 @@ def work(folder: str, die_after: int = -1) -> None:
     measure(PLAN, Path(folder), lambda: FakeBench(Path(folder) / "log"), dying)
 
 
-def command(folder: Path, die_after: int = -1) -> list[str]:
-    call = f"from tests.coordinator.test_evaluation import work; work({str(folder)!r}, {die_after})"
+def command(folder: Path, die_after: int = -1, together: int = 1) -> list[str]:
+    call = f"from tests.coordinator.test_evaluation import work; work({str(folder)!r}, {die_after}, {together})"
     return [sys.executable, "-c", f"import sys; sys.path.insert(0, {str(ROOT)!r}); {call}"]
 
 
@@ -149,7 +152,7 @@ def test_a_half_finished_grid_has_no_summary(tmp_path: Path) -> None:
 
 
 def test_two_processes_share_the_cells_and_measure_none_twice(tmp_path: Path) -> None:
-    measure_in_processes(PLAN, tmp_path, command(tmp_path), workers=2)
+    measure_in_processes(PLAN, tmp_path, command(tmp_path, together=2), workers=2)
     lines = [line.split() for line in (tmp_path / "log").read_text().splitlines()]
     assert len(lines) == 12 == finished(PLAN, tmp_path)
     assert len({pid for pid, _ in lines}) == 2
