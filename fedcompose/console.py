@@ -3,11 +3,24 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table
+
+CONTROLS = ("uniform", "random_router", "attention_only", "best_single")
+LINE_EVERY_S = 5.0  # between two progress lines where there is no terminal
 
 out = Console(highlight=False, soft_wrap=True)
 err = Console(stderr=True, highlight=False, soft_wrap=True)
@@ -27,9 +40,23 @@ def next_steps(*commands: str) -> None:
         out.print(("Next:  " if number == 0 else "       ") + command, markup=False)
 
 
+def accuracy_table(accuracy: Mapping[str, Mapping[str, Mapping[str, float]]]) -> Table:
+    """Methods × domains with 95 % intervals; `accuracy[method][domain]` as in `report.json`."""
+    domains = list(accuracy["base"])
+    table = Table("accuracy", *domains, "mean", box=None)
+    experts = [method for method in accuracy if method.startswith("expert:")]
+    for method in ("base", *experts, *CONTROLS, "composed"):
+        if method in accuracy:
+            cells = [accuracy[method][domain] for domain in domains]
+            shown = [f"{cell['value']:.2f} [dim]{cell['low']:.2f}–{cell['high']:.2f}[/dim]" for cell in cells]
+            mean = sum(cell["value"] for cell in cells) / len(cells)
+            table.add_row(method, *shown, f"{mean:.2f}", style="bold" if method == "composed" else None)
+    return table
+
+
 def progress_bars() -> Progress:
     """Progress with a count, elapsed time and time left, on stderr so that stdout stays clean."""
-    return Progress(
+    return _LineProgress(
         TextColumn("{task.description}"),
         BarColumn(),
         MofNCompleteColumn(),
@@ -38,3 +65,22 @@ def progress_bars() -> Progress:
         TextColumn("{task.fields[note]}"),
         console=err,
     )
+
+
+class _LineProgress(Progress):
+    """Bars on a terminal; elsewhere, in a log or a pipe, one plain line every few seconds."""
+
+    _next_line_s = 0.0
+
+    def update(self, task_id: TaskID, **changes: Any) -> None:
+        super().update(task_id, **changes)
+        now = self.get_time()
+        if self.console.is_terminal or now < self._next_line_s:
+            return
+        self._next_line_s = now + LINE_EVERY_S
+        task = self._tasks[task_id]
+        left = f", {task.time_remaining:.0f} s left" if task.time_remaining else ""
+        total = f"/{task.total:.0f}" if task.total else ""
+        self.console.print(
+            f"{task.description} {task.completed:.0f}{total}{left} {task.fields.get('note', '')}".rstrip()
+        )

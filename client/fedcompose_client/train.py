@@ -1,11 +1,11 @@
 """Train one domain's expert: warm-up on worked solutions, then reinforcement from verifiable rewards.
 
-Input: the site's own file. Output: `runs/<domain>/expert/`, a plain PEFT LoRA folder, and `result.json` with the accuracy
-of base, warm-up and RLVR on rows that were never trained on. A validation split decides which adapter is kept; the test
-split decides nothing.
+Input: the site's own file. Output: `runs/<domain>/expert/`, a plain PEFT LoRA folder, and `result.json` with the
+accuracy of base, warm-up and RLVR on rows that were never trained on. A validation split decides which adapter is kept;
+the test split decides nothing.
 
-Work survives kill -9: every random choice is a function of (seed, step), so a checkpoint is the adapter, the optimizer's
-moments and a step number. It deliberately does not ship, sign or send anything.
+Work survives kill -9: every random choice is a function of (seed, step), so a checkpoint is the adapter, the
+optimizer's moments and a step number. It deliberately does not ship, sign or send anything.
 """
 
 from __future__ import annotations
@@ -94,14 +94,14 @@ def train(
         warm_up(run)
     if run.progress.stage == "rlvr" and run.settings.steps:
         reinforce(run, domain.training.engine)
-    return _finish(run, domain_name, domain)
+    return _finish(run, config.id, domain_name, domain)
 
 
 def warm_up(run: Run) -> None:
-    """Supervised steps on the site's worked solutions, with a learning rate that falls to a tenth."""
+    """Supervised steps on worked solutions, or bare answers where there are none; the rate falls to a tenth."""
     settings, progress = run.settings, run.progress
     rows = run.splits.train
-    steps = settings.warm_up_steps if any(example.solution for example in rows) else 0
+    steps = settings.warm_up_steps
     for step in range(progress.step, steps):
         started = time.perf_counter()
         lr = settings.warm_up_lr * min(1.0, (step + 1) / LR_RAMP_STEPS) * (1 - 0.9 * step / steps)
@@ -154,8 +154,8 @@ def explore(run: Run, examples: Sequence[Example], step: int) -> tuple[list[Tree
     prompts = [prompt_ids(run.tokenizer, run.task.prompt(example.question)) for example in examples]
     with merged(run.model):
         groups = sample(
-            run.model, run.tokenizer, prompts, max_new_tokens=settings.max_new_tokens, seed=settings.seed * 1_000_003 + step,
-            count=settings.samples_per_prompt, temperature=settings.temperature,
+            run.model, run.tokenizer, prompts, count=settings.samples_per_prompt, temperature=settings.temperature,
+            max_new_tokens=settings.max_new_tokens, seed=settings.seed * 1_000_003 + step,
         )  # fmt: skip
     trees, rewards = [], []
     for prompt, example, group in zip(prompts, examples, groups, strict=True):
@@ -303,7 +303,7 @@ def _test(run: Run, name: str) -> None:
     _save_checkpoint(run)
 
 
-def _finish(run: Run, domain_name: str, domain: Domain) -> dict[str, Any]:
+def _finish(run: Run, site_id: str, domain_name: str, domain: Domain) -> dict[str, Any]:
     """Keep the better adapter by validation, write `expert/` and `result.json`."""
     progress = run.progress
     best = {name: max(score for _, score in history) for name, history in progress.validation.items()}
@@ -313,6 +313,7 @@ def _finish(run: Run, domain_name: str, domain: Domain) -> dict[str, Any]:
             (folder / path.name).write_bytes(path.read_bytes())
     test = progress.test
     result = {
+        "site": site_id,
         "domain": domain_name,
         "task": domain.task,
         "kept": kept,

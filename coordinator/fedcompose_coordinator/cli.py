@@ -14,11 +14,11 @@ from rich.table import Table
 
 from fedcompose.bases import Base, base_shapes, resolve_base
 from fedcompose.commands.keys import PassphraseFile
-from fedcompose.console import AsJson, next_steps, out, print_json, progress_bars
+from fedcompose.console import AsJson, accuracy_table, next_steps, out, print_json, progress_bars
 from fedcompose.contribution import VerifiedContribution
 from fedcompose.errors import ConfigError, RefusedError
 from fedcompose.federation import Federation, trusted_federation
-from fedcompose.files import MAX_JSON_BYTES, read_limited, write_atomic
+from fedcompose.files import MAX_JSON_BYTES, read_json, read_limited, write_atomic
 from fedcompose.keys import load_signer
 from fedcompose_coordinator import commands_flower
 from fedcompose_coordinator.config import CONFIG_NAME, CoordinatorConfig, load_config, template
@@ -28,7 +28,6 @@ if TYPE_CHECKING:  # torch takes seconds to import
 
 CANDIDATE = "candidate"
 ATTENTION_ONLY = "control-attention-only"
-METHODS = ("base", "uniform", "random_router", "attention_only", "best_single", "composed")
 
 app = typer.Typer(no_args_is_help=True, help="The coordinator: verify what sites ship, compose, evaluate, release.")
 Home = Annotated[Path, typer.Option("--home", help="The coordinator's folder, where coordinator.toml is.")]
@@ -182,7 +181,7 @@ def evaluate(
     if as_json:
         print_json(evaluation)
         return
-    out.print(accuracy_table(evaluation))
+    out.print(accuracy_table(evaluation["accuracy"]))
     next_steps("fedcompose coordinator release")
 
 
@@ -204,19 +203,33 @@ def release(home: Home = Path(), passphrase_file: PassphraseFile = None, as_json
     next_steps(f"fedcompose verify {made.path}", f"fedcompose serve {made.path}")
 
 
-def accuracy_table(evaluation: dict[str, Any]) -> Table:
-    """Methods × domains with 95 % intervals, for a terminal."""
-    accuracy = evaluation["accuracy"]
-    domains = [domain["name"] for domain in evaluation["domains"]]
-    table = Table("", *domains, "mean", box=None)
-    experts = [name for name in accuracy if name.startswith("expert:")]
-    for method in (METHODS[0], *experts, *METHODS[1:]):
-        if method in accuracy:
-            cells = [accuracy[method][domain] for domain in domains]
-            shown = [f"{cell['value']:.2f} [dim]{cell['low']:.2f}–{cell['high']:.2f}[/dim]" for cell in cells]
-            style = "bold" if method == "composed" else None
-            table.add_row(method, *shown, f"{sum(cell['value'] for cell in cells) / len(cells):.2f}", style=style)
-    return table
+@app.command()
+def report(
+    home: Home = Path(),
+    training: Annotated[
+        list[Path] | None, typer.Option(help="A site's runs/DOMAIN/result.json, where its owner shares it. Repeatable.")
+    ] = None,
+    to: Annotated[Path | None, typer.Option("--out", help="Folder for report.html and report.json.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Write report.html, to look at, and report.json with the same numbers.
+
+    Example: fedcompose coordinator report --out .
+    """
+    from fedcompose.release import ReceivedRelease, verify_release
+    from fedcompose_coordinator.report import describe_release, training_logs, write_report
+
+    _, federation, base = _open(home, None)
+    made = verify_release(ReceivedRelease(home / "release"))
+    sizes, provenance = describe_release(made, _admitted(home, federation), base.path)
+    folder = to or home
+    evaluation = read_json(home / "evaluation.json")
+    written = write_report(evaluation, training_logs(training or []), sizes, provenance, folder)
+    if as_json:
+        print_json(written)
+        return
+    out.print(accuracy_table(evaluation["accuracy"]))
+    out.print(f"Report {folder / 'report.html'}", markup=False)
 
 
 def _open(home: Path, fingerprints: list[str] | None) -> tuple[CoordinatorConfig, Federation, Base]:

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fedcompose.federation import format_time
-from fedcompose.files import write_atomic, write_json
+from fedcompose.files import read_json, write_atomic, write_json
 from fedcompose.intervals import Interval, mean_interval, unpaired_difference
 from fedcompose_coordinator.headline import headline, plain
 from fedcompose_coordinator.markup import visible
@@ -116,6 +116,20 @@ def describe_release(
         ],
     }
     return sizes, provenance
+
+
+def training_logs(results: Sequence[Path]) -> dict[str, Any]:
+    """`training` from the `result.json` files that site owners chose to share."""
+    logs = {}
+    for path in results:
+        result = dict(_items(read_json(path)))
+        validation, seconds = (dict(_items(result.get(name))) for name in ("validation", "seconds"))
+        logs[_text(result.get("site"))] = {
+            **result,
+            "validation": validation.get("rlvr"),
+            "seconds": sum(_quantity(part) or 0.0 for part in seconds.values()),
+        }
+    return logs
 
 
 def folder_sizes(folder: Path) -> dict[str, int]:
