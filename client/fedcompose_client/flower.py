@@ -77,7 +77,8 @@ class SiteApp(ClientApp):
             folder = self._folder or Path(str(context.node_config[SITE_DIR]))
             return act(folder, wire.read_request(message.content), self._clock())
         except FedcomposeError as error:
-            log.warning("refused an action: %s", error.diagnostics())
+            level = logging.INFO if error.code == wire.NOT_READY else logging.WARNING
+            log.log(level, "refused an action: %s", error.diagnostics())
             return wire.answer(error.code if error.code in REFUSALS else SITE_ERROR)
         except Exception:  # the outermost frame of a site: what passes here, Flower sends to the other side as text
             log.exception("an action failed")
@@ -199,7 +200,7 @@ def _stage_lines(path: Path) -> list[dict[str, Any]]:
             skipped = max(0, os.fstat(stream.fileno()).st_size - PROGRESS_TAIL_BYTES)
             stream.seek(skipped)
             tail = stream.read(PROGRESS_TAIL_BYTES).split(b"\n")
-        lines = [json.loads(line) for line in tail[1 if skipped else 0 : -1]]  # neither cut off nor half written
+        lines = [json.loads(line) for line in tail[1 if skipped else 0 : -1]]  # no cut or half written line
     except (OSError, ValueError):
         return []
     lines = [line for line in lines if isinstance(line, dict)]
