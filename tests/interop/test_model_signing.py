@@ -19,6 +19,7 @@ from fedcompose.federation import create_federation
 from fedcompose.files import dir_hash, folder_digests
 from fedcompose.keys import NewKey, load_signer, new_key
 from fedcompose.signing import SIGNATURE_FILE, sign_files, verify_files
+from tests.federation_sim import FederationSim
 
 PYTHON = os.environ.get("FEDCOMPOSE_INTEROP_PYTHON")
 pytestmark = pytest.mark.skipif(
@@ -115,6 +116,20 @@ def test_we_refuse_their_signature_under_another_key(folder: Path, key: NewKey, 
     with pytest.raises(RefusedError) as caught:
         verify_files((folder / SIGNATURE_FILE).read_bytes(), other.public.read_bytes())
     assert caught.value.code == "SIGNATURE_KEY"
+
+
+def test_their_tool_accepts_a_real_contribution_and_a_real_release(sim: FederationSim, tmp_path: Path) -> None:
+    site = sim.sites["site-a"]
+    release = sim.released().path
+    for folder, signer in (
+        (site.outbox / "adapter", site.signer),
+        (release, sim.coordinator),
+        (release / "ingredients" / "site-a", site.signer),
+    ):
+        public = tmp_path / "signer.pub"
+        public.write_bytes(signer.public_pem)
+        result = tool("verify", folder, "--public_key", public)
+        assert result.returncode == 0, f"{folder}: {result.stdout}{result.stderr}"
 
 
 DSSE = """
