@@ -18,20 +18,22 @@ from fedcompose.tasks.answer_line import AnswerLine
 
 MAX_NUMBER_CHARS = 40
 MAX_LATEX_CHARS = 60
-MAX_BRACKETS = 12  # the LaTeX reader takes exponential time in their depth
 _DIGITS = r"(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|\.\d+"
 _PLAIN = re.compile(rf"[$€£]?(?P<sign>[-+−]?)[$€£]?(?P<number>{_DIGITS})(?:\s*/\s*(?P<below>\d+))?\s*(?P<percent>%?)")
 _IN_TEXT = re.compile(rf"(?<![\w.])(?:[-−](?=[$€£]?[\d.]))?[$€£]?(?:{_DIGITS})(?:/\d+)?%?")
-# What math-verify may see: short numbers, operators, a few commands, one exponent of at most two digits.
-# Atomic, so that reading takes linear time.
-_LATEX = re.compile(
-    r"(?>\\(?:[dt]?frac|sqrt|pi|cdot|times|left|right|[,!%$])|sqrt"
-    r"|\^\{?-?\d{1,2}\}?(?!\d)|\d{1,15}(?!\d)|[-+*/().,{}\s%$])+"
+# What math-verify may see: one closed form, or two with + or - between them. A grammar and not an alphabet, because
+# its LaTeX reader takes exponential time on nested brackets and never ends on some malformed input.
+_NUMBER = r"\d{1,12}(?:\.\d{1,12})?"
+_ROOT = rf"(?:\\sqrt(?:\{{{_NUMBER}\}}|\d)|sqrt\({_NUMBER}\)|\\pi)"
+_PART = rf"(?:(?:{_NUMBER})?{_ROOT}|{_NUMBER})"
+_TERM = (
+    rf"(?:(?:{_NUMBER}\s*(?:\\times|\\cdot|\*)\s*)?{_NUMBER}\^(?:\{{-?\d{{1,2}}\}}|\d)"
+    rf"|\\[dt]?frac(?:\{{-?{_PART}\}}\{{{_PART}\}}|\d\d)"
+    rf"|(?:{_NUMBER}\s*(?:\\cdot|\*)?\s*)?{_ROOT}(?:/{_NUMBER})?|{_NUMBER})"
 )
-_FRACTION = re.compile(r"\\[dt]?frac\{(\d+)\}\{(\d+)\}")
-_CLOSED_FORM = re.compile(r"\\[dt]?frac|sqrt|pi|\^")
+_CLOSED_FORM = re.compile(rf"-?\s*{_TERM}(?P<second>\s*[-+]\s*{_TERM})?")
 _IRRATIONAL = re.compile(r"sqrt|pi")
-_OPERATOR = re.compile(r"(?<=[\d})])\s*[-+*/]|\*\*")
+_FRACTION = re.compile(r"\\[dt]?frac\{(\d+)\}\{(\d+)\}")
 
 
 def read_number(text: str) -> str | None:
@@ -84,14 +86,8 @@ def _is_closed_form(text: str) -> bool:
 
     Sums and products of plain numbers are not answers: else a completion could repeat the question.
     """
-    if len(text) > MAX_LATEX_CHARS or not _LATEX.fullmatch(text) or not _CLOSED_FORM.search(text):
-        return False
-    brackets = [text.count(bracket) for bracket in "(){}"]
-    if brackets[0] != brackets[1] or brackets[2] != brackets[3] or sum(brackets) > MAX_BRACKETS:
-        return False
-    if text.count("^") > 1:
-        return False
-    return bool(_IRRATIONAL.search(text)) or not _OPERATOR.search(text)
+    match = _CLOSED_FORM.fullmatch(text) if len(text) <= MAX_LATEX_CHARS else None
+    return match is not None and (match["second"] is None or bool(_IRRATIONAL.search(text)))
 
 
 def _equivalent(gold: str, given: str) -> bool:
