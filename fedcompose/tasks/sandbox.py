@@ -52,7 +52,7 @@ class Limits:
     memory_bytes: int = 512 << 20  # address space; the bare interpreter maps about 30 MB
     file_bytes: int = 1 << 20
     open_files: int = 32
-    processes: int = 16  # of this user, threads included
+    processes: int = 16  # of this user in all, so usually none and no threads either
 
 
 DEFAULT_LIMITS = Limits()

@@ -88,9 +88,8 @@ def test_the_environment_is_empty(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_ordinary_modules_work() -> None:
-    modules = "math, random, re, itertools, functools, collections, heapq, bisect, datetime, decimal, threading"
-    thread = "t = threading.Thread(target=print); t.start(); t.join()"
-    assert passes(f"import {modules}\n{thread}", "assert math.isqrt(17) == 4", QUICK)
+    modules = "math, random, re, itertools, functools, collections, heapq, bisect, datetime, decimal, string"
+    assert passes(f"import {modules}", "assert math.isqrt(17) == 4", QUICK)
     assert passes("x = bytearray(100 << 20)", "assert len(x)", QUICK)
 
 
