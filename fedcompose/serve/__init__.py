@@ -1,0 +1,1 @@
+"""Answer with a verified release: an engine, an OpenAI-compatible endpoint and a page."""
