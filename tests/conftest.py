@@ -36,8 +36,11 @@ def random_experts(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) ->
 
 
 @pytest.fixture
-def sim(tmp_path: Path, tiny_base: Path, random_experts: dict[str, Path]) -> FederationSim:
+def sim(
+    tmp_path: Path, tiny_base: Path, random_experts: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> FederationSim:
     """A federation with two sites that have trained but not yet contributed."""
     from tests.federation_sim import make_federation
 
+    monkeypatch.setattr(os, "fsync", lambda descriptor: None)  # a test outlives no power cut
     return make_federation(tmp_path / "federation", tiny_base, random_experts)

@@ -1,0 +1,107 @@
+from __future__ import annotations
+
+import json
+import shutil
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+
+from fedcompose.call import make_call, read_own_call
+from fedcompose.errors import ConfigError, RefusedError
+from fedcompose.files import folder_digests
+from fedcompose.traces import Trace, encode
+from tests.federation_sim import FederationSim
+
+
+def test_signs_exactly_the_files_of_the_two_formats(sim: FederationSim) -> None:
+    adapter, traces = sim.contribute("site-a")
+    assert adapter.path == sim.sites["site-a"].outbox / "adapter"
+    assert sorted(path.name for path in adapter.path.iterdir()) == [
+        "adapter_config.json", "adapter_model.safetensors", "model.sig", "provenance.json",
+    ]  # fmt: skip
+    assert sorted(path.name for path in traces.path.iterdir()) == ["model.sig", "provenance.json", "traces.jsonl"]
+
+
+def test_nothing_about_the_machine_or_the_run_leaves(sim: FederationSim, tiny_base: Path) -> None:
+    import getpass
+    import socket
+
+    site = sim.sites["site-a"]
+    result = site.folder / "runs" / "clock" / "result.json"
+    result.write_text(json.dumps({**json.loads(result.read_text()), "note": "canary-4711", "seconds": {"total": 1}}))
+    sim.contribute("site-a")
+    shipped = b"".join(path.read_bytes() for path in sorted(site.outbox.rglob("*")) if path.is_file())
+    before = (site.folder / "runs" / "clock" / "expert" / "adapter_config.json").read_text()
+    assert str(tiny_base) in before  # PEFT did write the path
+    for secret in (str(tiny_base), str(sim.folder), "canary-4711", socket.gethostname(), f"/{getpass.getuser()}/"):
+        assert secret.encode() not in shipped
+
+
+def test_only_listed_numbers_leave_and_rounded(sim: FederationSim) -> None:
+    adapter, _ = sim.contribute("site-a")
+    assert dict(adapter.provenance.metrics) == {"base_accuracy": 0.7123, "rlvr_accuracy": 0.7123, "test_count": 200}
+
+
+def test_sequence_numbers_rise_also_when_the_state_file_was_lost(sim: FederationSim) -> None:
+    site = sim.sites["site-a"]
+    numbers = [each.provenance.sequence for _ in range(2) for each in sim.contribute("site-a")]
+    assert numbers == sorted(set(numbers))
+    (site.folder / "contribute-state.json").unlink()
+    sim.now += timedelta(minutes=1)
+    assert sim.contribute("site-a")[0].provenance.sequence > numbers[-1]
+
+
+def test_a_call_decides_what_leaves_and_is_answered_by_its_nonce(sim: FederationSim) -> None:
+    envelope = make_call(
+        sim.federation, sim.coordinator, "tiny", ["adapter"],
+        deadline=sim.now + timedelta(days=3), now=sim.now, nonce=b"n" * 32,
+    )  # fmt: skip
+    call = read_own_call(envelope)
+    (adapter,) = sim.contribute("site-a", call=call)
+    assert adapter.provenance.call is not None and adapter.provenance.call.nonce == call.nonce
+    assert adapter.provenance.expires > call.deadline
+
+
+@pytest.mark.parametrize("provenance_class", ["E", "F"])
+def test_traces_of_private_questions_stay_unless_declared_non_private(
+    sim: FederationSim, provenance_class: str
+) -> None:
+    site = sim.sites["site-a"]
+    question = {"question": "q", "answer": "a"} if provenance_class == "F" else {}
+    trace = Trace.model_validate(
+        {"provenance_class": provenance_class, "task": "exact", "completion": "Answer: a", **question}
+    )
+    (site.folder / "runs" / "clock" / "traces.jsonl").write_bytes(encode([trace]))
+    with pytest.raises(RefusedError) as refusal:
+        sim.contribute("site-a")
+    assert refusal.value.code == "TRACES_CLASS"
+    assert not (site.outbox / "traces").exists()
+    assert sim.contribute("site-a", non_private=True)[1].traces() == [trace]
+
+
+def test_a_failed_attempt_leaves_the_last_contribution_whole(sim: FederationSim) -> None:
+    site = sim.sites["site-a"]
+    sim.contribute("site-a")
+    before = folder_digests(site.outbox)
+    weights = site.folder / "runs" / "clock" / "expert" / "adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1])
+    with pytest.raises(RefusedError):
+        sim.contribute("site-a")
+    assert folder_digests(site.outbox) == before
+
+
+def test_without_traces_only_the_adapter_is_signed(sim: FederationSim) -> None:
+    (sim.sites["site-a"].folder / "runs" / "clock" / "traces.jsonl").unlink()
+    assert [each.kind for each in sim.contribute("site-a")] == ["adapter"]
+
+
+def test_says_what_is_missing_or_not_allowed(sim: FederationSim) -> None:
+    shutil.rmtree(sim.sites["site-a"].folder / "runs" / "clock")
+    with pytest.raises(ConfigError) as error:
+        sim.contribute("site-a")
+    assert error.value.code == "RUN_MISSING"
+    sim.sites["site-b"].domain = "clock"
+    with pytest.raises(ConfigError) as error:
+        sim.contribute("site-b")
+    assert error.value.code == "DOMAIN_NOT_ENROLLED"
