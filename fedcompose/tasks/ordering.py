@@ -30,6 +30,19 @@ def _order_statistic(source: Random, config: OrderStatisticConfig) -> Example:
     return Example(question, str(ordered[config.rank - 1]), f"{' '.join(map(str, ordered))}.")
 
 
+class ExtremeConfig(GeneratorConfig):
+    count: int = Field(5, ge=3, le=10)
+    max_number: int = Field(99, ge=20, le=9999)
+
+
+def _extreme(source: Random, config: ExtremeConfig) -> Example:
+    """`largest of 34, 71, 12, 57, 40` or the smallest: the solution names the best so far at each step (billions)."""
+    numbers = source.sample(range(1, config.max_number + 1), config.count)
+    word, best = source.choice((("largest", max), ("smallest", min)))
+    steps = " ".join(str(best(numbers[: i + 1])) for i in range(config.count))
+    return Example(f"What is the {word} of {', '.join(map(str, numbers))}?", str(best(numbers)), f"{steps}.")
+
+
 class ChoiceConfig(GeneratorConfig):
     count: int = Field(5, ge=3, le=10)
     max_number: int = Field(99, ge=20, le=9999)
@@ -96,6 +109,7 @@ def _count_items(source: Random, config: CountItemsConfig) -> Example:
 
 GENERATORS = (
     Generator("order_statistic", "numeric", OrderStatisticConfig, _order_statistic),
+    Generator("extreme", "numeric", ExtremeConfig, _extreme),
     Generator("largest_choice", "choice", ChoiceConfig, _largest_choice),
     Generator("closest_choice", "choice", ChoiceConfig, _closest_choice),
     Generator("compare_fractions", "numeric", FractionsConfig, _compare_fractions),

@@ -29,6 +29,7 @@ GOLDEN = {
     "compare_fractions": "03a8509a86a7e71b",
     "count_items": "dba2eb292e987f82",
     "duration": "7e140da3793cf9f0",
+    "extreme": "4311ae1baef0d137",
     "gcd": "7bfe5066271c0b82",
     "largest_choice": "af9a99955e0899a8",
     "logic": "2a67f653449344ff",
