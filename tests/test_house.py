@@ -19,6 +19,7 @@ from packaging.version import Version
 import fedcompose
 
 ROOT = Path(__file__).parent.parent
+PACKAGES = ("fedcompose", "client/fedcompose_client", "coordinator/fedcompose_coordinator")
 PROJECTS = [ROOT / part / "pyproject.toml" for part in ("", "client", "coordinator")]
 APACHE_2_0 = "cfc7749b96f63bd31c3c42b5c471bf756814053e847c10f3eb003417bc523d30"
 
@@ -44,7 +45,7 @@ def lint_imports(root: Path) -> subprocess.CompletedProcess[str]:
 def copy(tmp_path: Path) -> Path:
     """The three packages, to plant something in."""
     shutil.copy(ROOT / "pyproject.toml", tmp_path)
-    for package in ("fedcompose", "client/fedcompose_client", "coordinator/fedcompose_coordinator"):
+    for package in PACKAGES:
         shutil.copytree(ROOT / package, tmp_path / package, ignore=shutil.ignore_patterns("__pycache__"))
     return tmp_path
 
@@ -160,3 +161,12 @@ def test_every_claim_of_the_security_page_names_a_test_that_exists() -> None:
     ]
     assert named
     assert not missing
+
+
+def test_the_readme_names_every_module_and_nothing_that_is_not_there() -> None:
+    tree = (ROOT / "README.md").read_text().partition("## The tree")[2]
+    modules = {path.name for part in ("fedcompose", "client", "coordinator") for path in (ROOT / part).glob("**/*.py")}
+    top = {path.name for part in PACKAGES for path in (ROOT / part).glob("*.py") if not path.name.startswith("__")}
+    named = set(re.findall(r"\b\w+\.py\b", tree))
+    assert top <= named, f"the tree lacks {top - named}"
+    assert named <= modules, f"the tree names {named - modules}"

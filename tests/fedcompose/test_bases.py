@@ -312,7 +312,6 @@ def test_base_commands_import_no_torch(tiny_base: Path) -> None:
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(
     "FEDCOMPOSE_TEST_NETWORK" not in os.environ, reason="downloads 93 MB; set FEDCOMPOSE_TEST_NETWORK=1"
 )
