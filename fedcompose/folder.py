@@ -15,6 +15,7 @@ import os
 import stat
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
 from typing import BinaryIO, NoReturn
 
@@ -107,12 +108,12 @@ def _stream(folder: Path, name: str, max_bytes: int, copy: BinaryIO | None) -> s
 def _walk(descriptor: int, prefix: str, depth: int) -> Iterator[tuple[str, os.stat_result]]:
     """Every file and link below an open folder, without following any."""
     with os.scandir(descriptor) as entries:
-        names = sorted(entry.name for entry in entries)
+        names = sorted(entry.name for entry in islice(entries, MAX_ENTRIES + 1))
     if not names:
         raise RefusedError("FOLDER_EMPTY", f"the folder {prefix[:128] or '.'!a} is empty")
     for name in names:
         path = f"{prefix}{name}"
-        found = os.stat(name, dir_fd=descriptor, follow_symlinks=False)
+        found = _stat(name, path, descriptor)
         if not stat.S_ISDIR(found.st_mode):
             yield path, found
         elif depth >= MAX_DEPTH:
@@ -123,6 +124,13 @@ def _walk(descriptor: int, prefix: str, depth: int) -> Iterator[tuple[str, os.st
                 yield from _walk(inner, f"{path}/", depth + 1)
             finally:
                 os.close(inner)
+
+
+def _stat(name: str, path: str, descriptor: int) -> os.stat_result:
+    try:
+        return os.stat(name, dir_fd=descriptor, follow_symlinks=False)
+    except OSError as error:
+        raise RefusedError("FILE_CHANGED", f"{path[:128]!a} went away while it was read") from error
 
 
 @contextmanager

@@ -218,7 +218,7 @@ def _accuracy(document: Any) -> dict[str, dict[str, Any]]:
         table[method] = {
             domain: cell
             for domain, cell in list(cells.items())[:MAX_DOMAINS]
-            if isinstance(cell, Mapping) and isinstance(cell.get("value"), int | float)
+            if isinstance(cell, Mapping) and isinstance(cell.get("value"), float | int) and 0 <= cell["value"] <= 1
         }
     return {method: row for method, row in table.items() if row}
 
@@ -264,7 +264,7 @@ def _cell(cell: Any) -> str:
     if cell is None:
         return ""
     low, high = cell.get("low"), cell.get("high")
-    bounds = f" ({low:.2f}-{high:.2f})" if isinstance(low, int | float) and isinstance(high, int | float) else ""
+    bounds = f" ({low:.2f}-{high:.2f})" if isinstance(low, float) and isinstance(high, float) else ""
     return f"{cell['value']:.3f}{bounds}"
 
 

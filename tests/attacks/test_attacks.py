@@ -14,15 +14,17 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import pytest
 
-from fedcompose.adapter import StoredTensor, canonical_safetensors, parse_safetensors
+from fedcompose.adapter import StoredTensor, canonical_safetensors, parse_adapter, parse_config, parse_safetensors
 from fedcompose.errors import FedcomposeError, RefusedError
 from fedcompose.files import dir_hash, folder_digests, write_atomic, write_json
 from fedcompose.keys import FileSigner
-from fedcompose.release import ReceivedRelease, verify_release
+from fedcompose.provenance import parse_provenance, parse_release_provenance
+from fedcompose.release import ReceivedRelease, parse_composition, verify_release
 from fedcompose.signing import sign_files
 from tests.federation_sim import FederationSim, make_federation
 
@@ -600,3 +602,62 @@ def test_an_ingredient_is_named_by_what_its_site_signed(release: Attack) -> None
     del digests["model.sig"]
     listed = json.loads((release.folder / "composition.json").read_bytes())["experts"][0]
     assert listed["dirHash"] == dir_hash(digests)
+
+
+# --- parsers --------------------------------------------------------------------------------------
+
+JUNK: tuple[Any, ...] = (None, True, -1, 10**400, 1e308, "", "x" * 300, "\u202e", [], {}, [[]], {"a": 1}, "0" * 64)
+
+
+def places_in(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
+    """The path of every value inside a JSON document."""
+    inner = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    return [path, *(found for key, child in inner for found in places_in(child, (*path, key)))]
+
+
+def mutated(document: Any, random: Random) -> bytes:
+    """The document with one value replaced or removed."""
+    *parents, last = random.choice(places_in(document)[1:])
+    holder = document
+    for key in parents:
+        holder = holder[key]
+    if random.random() < 0.8:
+        holder[last] = random.choice(JUNK)
+    else:
+        del holder[last]
+    return json.dumps(document).encode()
+
+
+PARSERS: dict[str, Callable[[bytes], object]] = {
+    "composition.json": parse_composition,
+    "provenance.json": parse_release_provenance,
+    "ingredients/site-a/provenance.json": parse_provenance,
+    "ingredients/site-a/adapter_config.json": parse_config,
+}
+
+
+@pytest.mark.parametrize("name", PARSERS)
+def test_no_document_makes_a_parser_fail_in_any_other_way_than_by_refusing(release: Attack, name: str) -> None:
+    random, original = Random(name), (release.folder / name).read_bytes()
+    refusals = 0
+    for _ in range(300):
+        try:
+            PARSERS[name](mutated(json.loads(original), random))
+        except RefusedError:
+            refusals += 1
+    assert refusals > 150  # most damage matters; some values, such as training notes, are free
+
+
+def test_no_weights_make_their_parser_fail_in_any_other_way_than_by_refusing(release: Attack) -> None:
+    random = Random(0)
+    folder = release.folder / "ingredients" / "site-a"
+    config, original = ((folder / name).read_bytes() for name in ("adapter_config.json", "adapter_model.safetensors"))
+    size = int.from_bytes(original[:8], "little")
+    refusals = 0
+    for _ in range(300):
+        header = mutated(json.loads(original[8 : 8 + size]), random)
+        try:
+            parse_adapter(config, len(header).to_bytes(8, "little") + header + original[8 + size :], None)
+        except RefusedError:
+            refusals += 1
+    assert refusals > 250
