@@ -1,5 +1,4 @@
-"""The call: what a coordinator asks of which sites, on which base, until when; signed, so that a site can
-check it.
+"""The call: what a coordinator asks of which sites, on which base, until when; signed, for a site to check.
 
 Input: signed bytes and a trusted federation file. Output: a `Call` whose every field was checked. A call
 gives nobody a right that the federation file does not give. Its nonce, known only to those it was sent to, is
@@ -108,11 +107,11 @@ def make_call(
 def verify_call(
     envelope: bytes, federation: Federation, site: str, now: datetime, *, grace: timedelta = timedelta(0)
 ) -> Call:
-    """The call that a coordinator of this federation signed and addressed to `site`; open for `grace` after
-    its deadline.
+    """The call that a coordinator of this federation signed and addressed to `site`.
 
-    Raises: RefusedError: `CALL_INVALID`, `CALL_FEDERATION`, `CALL_EXPIRED`, `CALL_BASE`, `CALL_SITE`, an
-    `ENVELOPE_*`
+    It is open until `grace` after its deadline.
+
+    Raises: RefusedError: `CALL_INVALID`, `CALL_FEDERATION`, `CALL_EXPIRED`, `CALL_BASE`, `CALL_SITE`, an `ENVELOPE_*`
         code, or `KEY_EXPIRED` and `KEY_REVOKED` for a coordinator's key that no longer counts.
     """
     known = {key.keyid: key.public_key.encode() for each in federation.coordinators for key in each.keys}

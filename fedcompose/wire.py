@@ -1,5 +1,4 @@
-"""What a site and the coordinator say to each other over Flower, and the only module of the library that
-imports it.
+"""What a site and the coordinator say to each other over Flower, and the only module that imports Flower.
 
 Three actions, no others: `call` (here is what the coordinator asks for), `status` (how far are you),
 `contribution` (give me these bytes of your signed folders). A contribution is one stream: its files in a
@@ -69,7 +68,6 @@ __all__ = [
 
 Action = Literal["call", "status", "contribution"]
 State = Literal["idle", "training", "trained", "ready"]
-ACTIONS: tuple[Action, ...] = get_args(Action)
 STATES: tuple[State, ...] = get_args(State)
 
 MAX_STREAM_BYTES = 16 * 1024**3
@@ -154,15 +152,14 @@ def read_request(content: RecordDict) -> Mapping[str, Any]:
 
 
 def answer(code: str, **fields: Any) -> RecordDict:
-    """An answer carries a code from a closed list, names and numbers; never text that an error made."""
+    """An answer carries a code from a closed list, numbers and agreed names; never the text of an error."""
     return RecordDict({"answer": ConfigRecord({"code": code, **fields})})
 
 
 def read_answer(content: RecordDict) -> Mapping[str, Any]:
     """The fields of an accepting answer.
 
-    Raises: RefusedError: with the site's own code when it refused; `MESSAGE_INVALID` when the answer makes no
-    sense.
+    Raises: RefusedError: the site's own code when it refused, `MESSAGE_INVALID` when its answer makes no sense.
     """
     fields = _typed(content.get("answer"), ConfigRecord, "an answer")
     code = text(fields, "code", CODE)
@@ -205,10 +202,8 @@ def read_contribution(
 ) -> tuple[list[Part], list[tuple[Slice, bytes]]]:
     """The announced files, and exactly the bytes asked for.
 
-    Raises: RefusedError: the site's own code, or `MESSAGE_INVALID` for anything else than was agreed:
-    unknown,
-        missing or repeated names, sizes over the limit, other slices than `plan` gives, arrays that are not
-        raw bytes.
+    Raises: RefusedError: the site's own code, or `MESSAGE_INVALID` for anything else than was agreed: unknown,
+        missing or repeated names, sizes over the limit, other slices than `plan` gives, arrays that are not raw bytes.
     """
     parts = _read_parts(read_answer(content), kinds)
     slices = plan(parts, start, length)

@@ -78,8 +78,8 @@ class FlowerSim:
         """Random bytes under the names of a contribution; transport does not look into them."""
         source = random.Random(site)
         for kind in kinds:
-            for name in REQUIRED[kind]:
-                data = source.randbytes(source.randrange(size))
+            for name, limit in REQUIRED[kind].items():
+                data = source.randbytes(source.randrange(min(size, limit)))
                 write_atomic(self.outbox(site) / kind / name, data)
 
     def outbox(self, site: str) -> Path:

@@ -1,9 +1,9 @@
 """The site's side of Flower: three actions, answered from the site's own folder.
 
 A message chooses one of the actions and names one of the site's own domains; nothing in it becomes a path, a
-command or a module. Only what the site itself signed and put into `outbox/` ever leaves, only to whoever
-holds the nonce of a call that the site accepted, and only while that call is collected. Errors leave as
-codes, never as text, for a text could quote data; the reason is in the site's own log.
+command or a module. Only the files of a contribution that the site's people put into `outbox/` ever leave,
+only to whoever holds the nonce of a call that the site accepted, and only while that call is collected.
+Errors leave as codes, never as text, for a text could quote data; the reason is in the site's own log.
 
 Deliberately absent: starting a training from afar (the site's people do that), and Flower's run config (the
 other side writes it).
@@ -99,8 +99,10 @@ app = make_app(None)  # what a SuperNode runs
 def accept_call(folder: Path, fields: Mapping[str, Any], now: datetime) -> RecordDict:
     """Check a call as far as this site can, and keep it in `calls/` for `fedcompose client contribute`.
 
-    The same call may come again. Raises: RefusedError: see `verify_call`; `CALL_BASE` when this site builds
-    on another base; `CALL_ID_TAKEN` for another call under a known id; `DOMAIN_UNKNOWN`.
+    The same call may come again.
+
+    Raises: RefusedError: `CALL_BASE` (this site builds on another base), `CALL_ID_TAKEN` (another call has this id),
+        and all that `verify_call` raises. ConfigError: `DOMAIN_UNKNOWN`.
     """
     envelope = wire.raw(fields, "call", MAX_CALL_BYTES)
     config = load_config(folder)
@@ -145,9 +147,8 @@ ACTIONS: Mapping[str, Callable[[Path, Mapping[str, Any], datetime], RecordDict]]
 def _open_call(folder: Path, fields: Mapping[str, Any], now: datetime) -> tuple[Call, str]:
     """The accepted call whose nonce the message knows, and the domain it asks for at this site.
 
-    Raises: RefusedError: `CALL_UNKNOWN` for an id or a nonce that fits no accepted call, `DOMAIN_UNKNOWN`,
-    and what
-        `verify_call` raises when the federation has changed since, or the time for collecting is over.
+    Raises: RefusedError: `CALL_UNKNOWN` (an id or a nonce that fits no accepted call), `DOMAIN_UNKNOWN`, and all
+        that `verify_call` raises, say because the federation has changed or the time for collecting is over.
     """
     path = _call_path(folder, wire.text(fields, "call_id", wire.NAME))
     nonce, wanted = wire.text(fields, "nonce", wire.SHA256), fields.get("domain")
@@ -227,7 +228,7 @@ def _count(fields: Mapping[str, Any], name: str, most: int) -> int:
 
 
 def _outbox_parts(outbox: Path, call: Call) -> list[Part]:
-    """The files of every wanted kind that the site signed; names outside the closed list never leave.
+    """The files of every wanted kind that has a signature; names outside the closed list never leave.
 
     Raises: RefusedError: `NOT_READY`.
     """

@@ -49,8 +49,7 @@ def call(
     passphrase_file: PassphraseFile = None,
     as_json: AsJson = False,
 ) -> None:
-    """Ask every site of the federation to contribute: write a signed call, and hand it to sites that are
-    here.
+    """Ask every site of the federation to contribute: write a signed call, and hand it to sites that are here.
 
     Example: fedcompose coordinator call --sites ../sites/math --sites ../sites/logic
     """

@@ -33,14 +33,13 @@ STEPS: tuple[Step, ...] = get_args(Step)
 
 SITES_AT_A_TIME = 4  # each may have a window of its contribution in memory, several times over
 REPLY_TIMEOUT_S = 600.0
-NODE_TIMEOUT_S = 30.0  # for sites that are still connecting
+NODE_TIMEOUT_S = 60.0  # for sites that are still connecting
 NODE_POLL_S = 0.5
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What came of asking one site: `ACCEPTED`, or why not; and, after `collect`, how far it is and what
-    came."""
+    """What came of asking one site: `ACCEPTED`, or why not; after `collect` also how far it is, and what came."""
 
     site: str
     domain: str
@@ -71,8 +70,7 @@ def make_server_app(
     window_bytes: int = wire.WINDOW_BYTES,
     node_timeout_s: float = NODE_TIMEOUT_S,
 ) -> ServerApp:
-    """A ServerApp that takes one step with every site of the newest call and reports each outcome as it
-    comes.
+    """A ServerApp that takes one step with every site of the newest call, and reports each outcome as it comes.
 
     Under a SuperLink, which builds it without arguments, the folder is the one the SuperLink was started in,
     and the step comes from the run's configuration.
@@ -206,11 +204,9 @@ CONVERSATIONS: Mapping[Step, Callable[[Exchange], Conversation]] = {"call": _sen
 
 
 def _fetch(exchange: Exchange, inbox: Path) -> Generator[tuple[Action, RecordDict], RecordDict, list[Part]]:
-    """Fetch a contribution window by window; `inbox` is replaced only when every byte is there and as
-    announced.
+    """Fetch a contribution window by window; `inbox` is replaced only when every byte came as announced.
 
-    Raises: RefusedError: `CONTRIBUTION_CHANGED` when it became another while it was fetched,
-    `CONTRIBUTION_DIGEST`,
+    Raises: RefusedError: `CONTRIBUTION_CHANGED` (it became another while it was fetched), `CONTRIBUTION_DIGEST`,
         `MESSAGE_INVALID`, or the site's own code.
     """
     window, start = exchange.window_bytes, 0

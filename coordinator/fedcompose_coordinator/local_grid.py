@@ -47,8 +47,7 @@ class SiteApp(Protocol):
 
 
 class LocalGrid(Grid):
-    """A Flower grid whose nodes are ClientApps in threads; each answers one message at a time, as a SuperNode
-    does."""
+    """A Flower grid whose nodes are ClientApps, each in a thread that answers one message at a time."""
 
     def __init__(self, sites: Sequence[SiteApp]) -> None:
         self._nodes = {COORDINATOR_NODE + 1 + index: app.site for index, app in enumerate(sites)}

@@ -178,6 +178,7 @@ def add_array(content: RecordDict) -> None:
         pytest.param(set_first("names", "traces/traces.jsonl"), "MESSAGE_INVALID", id="name-twice"),
         pytest.param(set_first("sizes", -1), "MESSAGE_INVALID", id="negative-size"),
         pytest.param(set_first("sizes", 1 << 50), "MESSAGE_INVALID", id="huge-size"),
+        pytest.param(set_first("sizes", (1 << 20) + 1), "MESSAGE_INVALID", id="size-over-the-limit-of-its-file"),
         pytest.param(set_first("sizes", 5), "MESSAGE_INVALID", id="another-size"),
         pytest.param(set_first("sha256", "0" * 64), "CONTRIBUTION_DIGEST", id="another-digest"),
         pytest.param(set_first("sha256", "x"), "MESSAGE_INVALID", id="no-digest"),
