@@ -50,9 +50,16 @@ class Scenario:
 SCENARIOS = (
     Scenario("clinic", "sums", "chain_sum", {"terms": 2, "max_term": 99}, False, {"max_new_tokens": 16}),
     Scenario("bank", "extremes", "extreme", {}, False, {"max_new_tokens": 16}),
-    Scenario("lab", "order", "order_statistic", {}, True, {"warm_up_steps": 24, "steps": 12, "max_new_tokens": 28}),
+    Scenario(
+        "lab",
+        "order",
+        "order_statistic",
+        {},
+        True,
+        {"warm_up_steps": 24, "steps": 16, "lr": 1e-4, "max_new_tokens": 28},
+    ),
 )
-TRAINING = {"warm_up_steps": 12, "steps": 40}
+TRAINING = {"warm_up_steps": 12, "steps": 36}
 QUICK_TRAINING = {"warm_up_steps": 6, "steps": 2, "validation_count": 20, "test_count": 20}
 
 
@@ -201,8 +208,9 @@ def _prepare_coordinator(demo: Demo) -> None:
     demo.step("hub-init", "coordinator", "init", "--id", "hub", "--home", hub, "--base", demo.base)
     path = hub / "coordinator.toml"
     text = _set(_set(_set(path.read_text(), "processes", 2), "seed", demo.seed), "max_new_tokens", 28)
+    text = _set(_set(text, "steps", 6 if demo.quick else 44), "batch", 9)
     if demo.quick:
-        text = _set(_set(text, "steps", 6), "prompts_per_domain", 20)
+        text = _set(text, "prompts_per_domain", 20)
     for scenario in SCENARIOS:
         config = ", ".join(f"{key} = {json.dumps(value)}" for key, value in scenario.config.items())
         text += f'\n[domains.{scenario.domain}]\nsite = "{scenario.site}"\ngenerator = "{scenario.generator}"\n'

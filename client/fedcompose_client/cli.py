@@ -11,10 +11,11 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from fedcompose.call import Call, read_own_call
+from fedcompose.call import MAX_CALL_BYTES, Call, read_own_call, verify_call
 from fedcompose.console import AsJson, next_steps, out, print_json, progress_bars
 from fedcompose.contribution import VerifiedContribution
 from fedcompose.errors import ConfigError
+from fedcompose.federation import Federation, trusted_federation
 from fedcompose.files import MAX_JSON_BYTES, read_limited, write_atomic
 from fedcompose_client.config import CONFIG_NAME, load_config, template
 
@@ -128,7 +129,6 @@ def contribute(
     Example: fedcompose client contribute --domain math
     """
     from fedcompose.bases import resolve_base
-    from fedcompose.federation import trusted_federation
     from fedcompose.keys import load_signer
     from fedcompose_client.contribute import contribute as sign_contribution
 
@@ -137,8 +137,8 @@ def contribute(
     now = datetime.now(UTC)
     federation = trusted_federation(read_limited(site / config.federation, MAX_JSON_BYTES), root_fingerprint, now)
     made = sign_contribution(
-        site, domain, load_signer(site / config.key), federation, now,
-        call=_open_call(site, now), base=resolve_base(config.base), non_private=not settings.private,
+        site, domain, load_signer(site / config.key), federation, now, non_private=not settings.private,
+        call=_open_call(site, config.id, federation, now), base=resolve_base(config.base),
     )  # fmt: skip
     if as_json:
         print_json([{"kind": each.kind, "path": str(each.path), "dirHash": each.dir_hash} for each in made])
@@ -150,10 +150,12 @@ def contribute(
     )
 
 
-def _open_call(site: Path, now: datetime) -> Call | None:
-    """The newest call that this site accepted and that is still open."""
-    calls = [read_own_call(read_limited(path, MAX_JSON_BYTES)) for path in (site / "calls").glob("*.json")]
-    return max((call for call in calls if call.deadline > now), key=lambda call: call.id, default=None)
+def _open_call(site: Path, site_id: str, federation: Federation, now: datetime) -> Call | None:
+    """The newest call to this site that is still open; a call that does not verify stops everything."""
+    envelopes = [read_limited(path, MAX_CALL_BYTES) for path in (site / "calls").glob("*.json")]
+    still_open = [envelope for envelope in envelopes if read_own_call(envelope).deadline > now]
+    calls = [verify_call(envelope, federation, site_id, now) for envelope in still_open]
+    return max(calls, key=lambda call: call.id, default=None)
 
 
 def _print_accuracy(result: dict[str, Any]) -> None:
