@@ -148,8 +148,13 @@ def _write(tokens: Iterator[Token], style: Mapping[str, str]) -> None:
     for word, expert in words(tokens):
         if out.color_system is None and expert != before:
             out.print(f"[{expert}] ", end="", markup=False)
-        out.print(Text(word, style=style.get(expert, "")), end="")
+        out.print(Text(_safe(word), style=style.get(expert, "")), end="")
         before = expert
+
+
+def _safe(text: str) -> str:
+    """Without characters that a terminal obeys rather than shows."""
+    return "".join(each if each.isprintable() or each in "\n\t\u200d" else "\ufffd" for each in text)
 
 
 def _show_legend(release: VerifiedRelease) -> None:

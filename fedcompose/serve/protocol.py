@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from fedcompose.serve.engine import Answer, Settings, Token
 
@@ -22,9 +22,13 @@ MAX_MESSAGES = 1000
 MAX_CONTENT_CHARACTERS = 1 << 20
 MAX_STOPS = 4  # OpenAI's limit too
 
+Count = Annotated[int, Field(ge=1)]
 Text = Annotated[str, Field(max_length=MAX_CONTENT_CHARACTERS)]
 Stop = Annotated[str, Field(min_length=1, max_length=256)]
-Count = Annotated[int, Field(ge=1)]
+# One string or several: made several before the check, so that errors name one field and not two readings of it.
+Stops = Annotated[
+    list[Stop], BeforeValidator(lambda given: [given] if isinstance(given, str) else given), Field(max_length=MAX_STOPS)
+]
 
 
 class _Part(BaseModel):
@@ -49,12 +53,14 @@ class Message(_Part):
     """One turn."""
 
     role: Literal["system", "user", "assistant"]
-    content: Text | list[TextPart]
+    content: Annotated[
+        list[TextPart],
+        BeforeValidator(lambda given: [{"type": "text", "text": given}] if isinstance(given, str) else given),
+    ]
 
     def plain(self) -> dict[str, str]:
         """For a chat template."""
-        content = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
-        return {"role": self.role, "content": content}
+        return {"role": self.role, "content": "".join(part.text for part in self.content)}
 
 
 class StreamOptions(_Part):
@@ -72,7 +78,7 @@ class ChatRequest(_Part):
     max_completion_tokens: Count | None = None
     temperature: Annotated[float, Field(ge=0, le=2, allow_inf_nan=False)] = 0.0
     top_p: Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)] = 1.0
-    stop: Stop | Annotated[list[Stop], Field(max_length=MAX_STOPS)] | None = None
+    stop: Stops = []
     n: Literal[1] = 1
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
     stream: bool = False
@@ -85,7 +91,7 @@ class ChatRequest(_Part):
             max_tokens=self.max_completion_tokens or self.max_tokens,
             temperature=self.temperature,
             top_p=self.top_p,
-            stop=(self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ()),
+            stop=tuple(self.stop),
             seed=self.seed,
         )
 
