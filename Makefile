@@ -26,10 +26,12 @@ $(VENV)/.python:
 # torch first and by itself: where an index offers a CPU build, this line takes it. Builds are not isolated, so that
 # they use the pinned hatchling as well. `pip install --quiet` still prints what goes wrong.
 $(VENV)/.installed: $(VENV)/.python $(PROJECTS) constraints.txt
-	@echo "Installing into $(VENV) (two to four minutes the first time)"
+	@echo "Installing into $(VENV), two to four minutes the first time: torch ..."
 	@$(PIP) install --quiet -c constraints.txt torch hatchling editables
+	@echo "... and everything else ..."
 	@$(PIP) install --quiet -c constraints.txt --no-build-isolation \
 	  -e '.[model,serve,reasoning-gym,dev]' -e ./client -e ./coordinator
+	@echo "... done. \`source $(BIN)/activate\` puts fedcompose on the PATH."
 	@touch $@
 
 demo: install  ## three sites, one coordinator, a signed release, on this machine (about 15 minutes)
