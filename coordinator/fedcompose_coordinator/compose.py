@@ -135,7 +135,7 @@ def compose(
     start_weight = router.weight.detach().clone()
     before = experts_digest(model)
 
-    domains = sorted({lesson.domain for lesson in lessons})
+    domains = sorted({lesson.domain for lesson in lessons} | {each.domain for each in used})
     rows = encode(tokenizer, lessons, domains)
     plan = plan_batches(rows, settings.batch, settings.steps, seed)
     owners = [[index for index, each in enumerate(used) if each.domain == domain] for domain in domains]

@@ -20,6 +20,7 @@ from fedcompose.traces import Trace
 
 MAX_LESSON_TOKENS = 2048  # longer lessons are left out and counted; bounds memory
 MAX_BATCH_TOKENS = 1536  # of one forward and backward pass, padding included; bounds memory
+MAX_SPREAD = 1.5  # longest by shortest row of a pass; on two cores padding costs more than a second pass
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,7 @@ class Row:
 def lessons_of(contributions: Iterable[VerifiedContribution]) -> list[Lesson]:
     """What the trace contributions among `contributions` teach; traces that do not verify teach nothing.
 
-    Raises: RefusedError: `FILE_CHANGED`. ConfigError: `TASK_UNKNOWN`, `GENERATOR_UNKNOWN`.
+    Raises: RefusedError: `FILE_CHANGED`. MissingError: `PACKAGE_MISSING`, for a generator of reasoning-gym.
     """
     sets = ((each.domain, each.traces()) for each in contributions if each.kind == "traces")
     found = (lesson_of(trace, domain) for domain, traces in sets for trace in traces)
@@ -51,9 +52,11 @@ def lessons_of(contributions: Iterable[VerifiedContribution]) -> list[Lesson]:
 
 
 def lesson_of(trace: Trace, domain: str) -> Lesson | None:
-    """The lesson in a trace; None when its answer is wrong, its prompt unknown or of the test split."""
-    example = _example(trace)
-    task = get_task(trace.task)
+    """The lesson in a trace; None when its answer is wrong, or its prompt is unknown here or of the test split."""
+    try:
+        task, example = get_task(trace.task), _example(trace)
+    except ConfigError:  # a site named a task, a generator or settings that do not exist here: its trace, its loss
+        return None
     if example is None or not task.is_correct(trace.completion, example.answer):
         return None
     return Lesson(domain, task.prompt(example.question), trace.completion)
@@ -92,11 +95,12 @@ def plan_batches(rows: Sequence[Row], batch: int, steps: int, seed: int) -> list
 
 
 def micro_batches(rows: Sequence[Row], max_tokens: int = MAX_BATCH_TOKENS) -> list[list[Row]]:
-    """Rows of like length together, each part at most `max_tokens` with its padding."""
+    """Rows of like length together: little padding, and with it at most `max_tokens` in a part."""
     parts: list[list[Row]] = []
     for row in sorted(rows, key=lambda row: len(row.ids)):
-        if parts and len(row.ids) * (len(parts[-1]) + 1) <= max_tokens:
-            parts[-1].append(row)
+        length, part = len(row.ids), parts[-1] if parts else []
+        if part and length <= MAX_SPREAD * len(part[0].ids) and length * (len(part) + 1) <= max_tokens:
+            part.append(row)
         else:
             parts.append([row])
     return parts

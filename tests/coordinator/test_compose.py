@@ -237,6 +237,7 @@ def test_says_when_there_is_nothing_to_compose(
     for admitted, taught, code in (
         ([], lessons, "COMPOSE_NO_EXPERTS"),
         (contributions, [], "COMPOSE_NO_LESSONS"),
+        (contributions, [lesson for lesson in lessons if lesson.domain == "alpha"], "COMPOSE_NO_LESSONS"),
     ):
         with pytest.raises(ConfigError) as error:
             compose(admitted, taught, base, QUICK, 0, tmp_path / "candidate")
