@@ -1,13 +1,18 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Sequence
+from dataclasses import astuple, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, cast
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from fedcompose.bases import Base, resolve_base
 from fedcompose.contribution import VerifiedContribution
@@ -18,7 +23,7 @@ from fedcompose.model.experts import TARGETS
 from fedcompose.model.lm import load_base
 from fedcompose_coordinator import compose as step
 from fedcompose_coordinator.compose import ComposeSettings, compose
-from fedcompose_coordinator.lessons import Lesson, encode
+from fedcompose_coordinator.lessons import Lesson, encode, micro_batches, plan_batches
 
 LETTERS = {"alpha": "A", "beta": "B"}
 QUICK = ComposeSettings(steps=6, batch=4, checkpoint_every=2)
@@ -264,3 +269,30 @@ def test_the_learning_rate_warms_up_and_ends_near_zero() -> None:
 
     assert rates[:4] == pytest.approx([0.2, 0.4, 0.6, 0.8]) and rates[4] == 1.0
     assert rates[4:] == sorted(rates[4:], reverse=True) and 0 < rates[-1] < 0.01
+
+
+TWO_PROCESSES = """
+import json, sys
+from pathlib import Path
+from fedcompose_coordinator.compose import ComposeSettings, compose
+from fedcompose_coordinator.lessons import Lesson
+from fedcompose.bases import resolve_base
+lessons = [Lesson(*each) for each in json.loads(sys.argv[2])]
+compose([], lessons, resolve_base(sys.argv[1]), ComposeSettings(steps=4, batch=8), 0, Path(sys.argv[3]), experts=False)
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_share_the_work_and_learn_the_same(base: Base, lessons: list[Lesson], tmp_path: Path) -> None:
+    settings = ComposeSettings(steps=4, batch=8)
+    unlike = [replace(each, prompt=each.prompt * (1 + n % 4)) for n, each in enumerate(lessons)]
+    (tmp_path / "script.py").write_text(TWO_PROCESSES)
+    compose([], unlike, base, settings, 0, tmp_path / "one", experts=False)
+
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", str(tmp_path / "script.py")]
+    arguments = [str(base.path), json.dumps([astuple(each) for each in unlike]), str(tmp_path / "two")]
+    subprocess.run([*command, *arguments], check=True, env={**os.environ, "ACCELERATE_USE_CPU": "true"})
+
+    one, two = (load_file(tmp_path / name / "attention" / "adapter_model.safetensors") for name in ("one", "two"))
+    assert len(micro_batches(plan_batches(encode(load_base(base.path)[1], unlike, ["alpha", "beta"]), 8, 1, 0)[0])) > 1
+    assert all(torch.allclose(one[name], two[name], rtol=0, atol=1e-5) for name in one)
