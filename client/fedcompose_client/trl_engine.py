@@ -12,8 +12,8 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TypeAlias
 
 import torch
 from datasets import Dataset
@@ -33,6 +33,10 @@ from fedcompose_client.train import (
     _validate,
 )
 
+RewardFunction: TypeAlias = Callable[
+    ..., list[float | None]
+]  # called by keyword, with the columns of the rows among them
+
 
 def reinforce_with_trl(run: Run) -> None:
     """Do the remaining steps of a run; the best adapter by validation ends up in `rlvr/`.
@@ -49,17 +53,17 @@ def reinforce_with_trl(run: Run) -> None:
         )
     with warnings.catch_warnings(action="ignore", category=FutureWarning):  # TRL's to transformers, not to a site
         if run.progress.step < run.settings.steps:
-            make_trainer(run).train()
+            make_trainer(run, reward_function(run)).train()
     run.model.eval()
     _validate(run, "rlvr", run.settings.steps)
 
 
-def make_trainer(run: Run) -> GRPOTrainer:
+def make_trainer(run: Run, reward: RewardFunction) -> GRPOTrainer:
     """TRL's trainer over the steps that are left, with our rows, optimizer, rate and checkpoints."""
     constants.HF_HUB_DISABLE_TELEMETRY = True  # TRL reports every trainer made; the environment was read long ago
     trainer = GRPOTrainer(
         model=run.model,
-        reward_funcs=_reward_function(run),
+        reward_funcs=reward,
         args=grpo_config(run),
         train_dataset=_rows(run),
         processing_class=run.tokenizer,
@@ -117,17 +121,17 @@ def _prompt(tokenizer: Any, text: str) -> str | list[dict[str, str]]:
     return text + "\n" if tokenizer.chat_template is None else [{"role": "user", "content": text}]
 
 
-def _reward_function(run: Run) -> Any:
+def reward_function(run: Run) -> RewardFunction:
     """The task's reward in TRL's form; also where a step's mean reward is known."""
 
-    def reward(completion_ids: Sequence[Sequence[int]], answer: Sequence[str], **_: Any) -> list[float]:
-        scores = []
+    def reward(completion_ids: Sequence[Sequence[int]], answer: Sequence[str], **_: Any) -> list[float | None]:
+        scores: list[float] = []
         for tokens, expected in zip(completion_ids, answer, strict=True):
             text = run.tokenizer.decode(tokens[:-1], skip_special_tokens=True).strip()
             finished = tokens[-1] == run.tokenizer.eos_token_id
             scores.append(run.task.reward(text, expected) if finished else 0.0)
         run.progress.rewards.append(sum(scores) / len(scores))
-        return scores
+        return [*scores]
 
     return reward
 
