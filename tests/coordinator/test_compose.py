@@ -14,6 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import fedcompose
 from fedcompose.bases import Base, resolve_base
 from fedcompose.contribution import VerifiedContribution
 from fedcompose.errors import ConfigError, RefusedError
@@ -24,6 +25,7 @@ from fedcompose.model.lm import load_base
 from fedcompose_coordinator import compose as step
 from fedcompose_coordinator.compose import ComposeSettings, compose
 from fedcompose_coordinator.lessons import Lesson, encode, micro_batches, plan_batches
+from tests.federation_sim import FederationSim
 
 LETTERS = {"alpha": "A", "beta": "B"}
 QUICK = ComposeSettings(steps=6, batch=4, checkpoint_every=2)
@@ -269,6 +271,20 @@ def test_the_learning_rate_warms_up_and_ends_near_zero() -> None:
 
     assert rates[:4] == pytest.approx([0.2, 0.4, 0.6, 0.8]) and rates[4] == 1.0
     assert rates[4:] == sorted(rates[4:], reverse=True) and 0 < rates[-1] < 0.01
+
+
+def test_a_candidate_becomes_a_release_that_loads(sim: FederationSim) -> None:
+    for site in sim.sites:
+        sim.contribute(site)
+    sim.receive()
+    lessons = [Lesson(site.domain, "hi", "ho") for site in sim.sites.values()]
+    compose(sim.admitted(), lessons, sim.base, QUICK, 0, sim.coordinator_home / "candidate")
+
+    release = sim.release()
+
+    model, _ = fedcompose.load(release.path, [sim.root.keyid], base=sim.base.path)
+    assert release.composition["training"]["steps"] == QUICK.steps
+    assert model.router.weight.shape == (len(sim.sites), 32)
 
 
 TWO_PROCESSES = """
