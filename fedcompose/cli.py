@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import os
 import sys
+from collections.abc import Callable
 from importlib.metadata import entry_points
 from typing import Annotated
 
@@ -59,12 +60,12 @@ def _mount_roles() -> None:
         if role in installed:
             app.add_typer(installed[role].load(), name=role)
         else:
-            app.command(
-                role, hidden=True, context_settings={"allow_extra_args": True, "ignore_unknown_options": True}
-            )(_missing_role(role))
+            app.command(role, hidden=True, context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(
+                _missing_role(role)
+            )
 
 
-def _missing_role(role: str) -> "typer.models.CommandFunctionType":  # type: ignore[type-var]
+def _missing_role(role: str) -> Callable[[], None]:
     def explain() -> None:
         raise ConfigError(
             "ROLE_NOT_INSTALLED",
@@ -72,7 +73,7 @@ def _missing_role(role: str) -> "typer.models.CommandFunctionType":  # type: ign
             fix=f"pip install fedcompose-{role}",
         )
 
-    return explain  # type: ignore[return-value]
+    return explain
 
 
 def _mount_commands() -> None:

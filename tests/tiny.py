@@ -22,7 +22,10 @@ def make_tiny_base(folder: Path, seed: int = 0, layers: int = 2, hidden: int = 3
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
     tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=backend, eos_token="<|im_end|>", pad_token="<|endoftext|>", additional_special_tokens=special
+        tokenizer_object=backend,
+        eos_token="<|im_end|>",
+        pad_token="<|endoftext|>",
+        additional_special_tokens=special,
     )
     tokenizer.chat_template = CHAT_TEMPLATE
     config = LlamaConfig(

@@ -84,9 +84,7 @@ def test_ranks_patterns_and_scales_mean_what_they_mean_to_peft(
     write_adapter(tmp_path / "ours", adapter)
     assert torch.equal(logits(tiny_base, folder), logits(tiny_base, tmp_path / "ours"))
     written = read_adapter(tmp_path / "ours", shapes)
-    assert [written.config.scale(m) for m in written.modules()] == [
-        adapter.config.scale(m) for m in adapter.modules()
-    ]
+    assert [written.config.scale(m) for m in written.modules()] == [adapter.config.scale(m) for m in adapter.modules()]
 
 
 def test_writing_twice_gives_the_same_bytes_and_no_trace_of_the_machine(
@@ -154,9 +152,7 @@ def test_half_precision_survives_bit_for_bit(
         ({"alpha_pattern": {"up_proj": 1e9}}, "ADAPTER_INVALID"),
     ],
 )
-def test_refuses_every_switch_that_is_not_off(
-    peft_folder: Path, changes: dict[str, Any], expected: str
-) -> None:
+def test_refuses_every_switch_that_is_not_off(peft_folder: Path, changes: dict[str, Any], expected: str) -> None:
     config = json.loads((peft_folder / CONFIG_FILE).read_bytes())
     assert parse_config(json.dumps(config).encode()).r == 4
     assert code(lambda: parse_config(json.dumps(config | changes).encode())) == expected
