@@ -86,7 +86,11 @@ def _answer_once(engine: Engine, prompt: str, settings: Settings, as_json: bool)
         return
     from fedcompose.serve.protocol import tokens_json, usage
 
-    answer = engine.submit(engine.prepare(messages, settings)).result()
+    job = engine.prepare(messages, settings)
+    try:
+        answer = engine.submit(job).result()
+    finally:
+        job.cancel()  # Ctrl-C must not wait for the rest of the answer
     print_json(
         {
             "model": settings.model,

@@ -57,7 +57,9 @@ def serve(
         from fedcompose.serve.app import create_app
 
         _announce(engine, f"http://{ADDRESS}:{listener.getsockname()[1]}")
-        config = uvicorn.Config(create_app(engine), log_level="warning", timeout_graceful_shutdown=GRACE_SECONDS)
+        config = uvicorn.Config(
+            create_app(engine), log_level="warning", ws="none", timeout_graceful_shutdown=GRACE_SECONDS
+        )
         with suppress(KeyboardInterrupt):  # the way to end it
             uvicorn.Server(config).run(sockets=[listener])
 

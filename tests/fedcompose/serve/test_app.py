@@ -35,9 +35,7 @@ TOKENS = 40
 
 @pytest.fixture(scope="module")
 def url(engine: Engine) -> Iterator[str]:
-    app = create_app(engine)
-    app.router.lifespan_context = None  # type: ignore[assignment]
-    server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="error", lifespan="off"))
+    server = uvicorn.Server(uvicorn.Config(create_app(engine), port=0, log_level="error", ws="none", lifespan="off"))
     thread = threading.Thread(target=server.run)
     thread.start()
     while not server.started:

@@ -31,8 +31,9 @@ def trust(talking_sim: FederationSim) -> list[str]:
 
 @pytest.mark.parametrize("command", ["serve", "chat"])
 def test_a_tampered_release_is_refused_before_anything_is_loaded(folder: Path, trust: list[str], command: str) -> None:
-    weights = folder / "router.safetensors"
-    weights.write_bytes(weights.read_bytes()[:-1] + b"\0")
+    data = bytearray((folder / "router.safetensors").read_bytes())
+    data[-1] ^= 1
+    (folder / "router.safetensors").write_bytes(data)
     code = (
         "import sys\nfrom fedcompose.cli import main\n"
         "try: main(sys.argv[1:])\n"
