@@ -5,8 +5,10 @@ from __future__ import annotations
 import importlib
 import os
 import sys
+import traceback
 from collections.abc import Callable
 from importlib.metadata import entry_points
+from pathlib import Path
 from typing import Annotated
 
 import click
@@ -14,8 +16,9 @@ import typer
 
 import fedcompose
 from fedcompose.console import err, out, print_json
-from fedcompose.errors import ConfigError, FedcomposeError
+from fedcompose.errors import ConfigError, FedcomposeError, MissingError
 
+DEBUG = "FEDCOMPOSE_DEBUG"
 ROLES = ("client", "coordinator")
 COMMANDS = ("base", "keys", "federation", "verify", "serve", "chat", "demo")
 
@@ -85,6 +88,16 @@ _mount_commands()
 _mount_roles()
 
 
+def _unexpected(error: Exception) -> MissingError:
+    last = traceback.extract_tb(error.__traceback__)[-1]
+    return MissingError(
+        "UNEXPECTED",
+        "something failed that should not; this is a defect of fedcompose or of this installation",
+        got=f"{type(error).__name__} in {Path(last.filename).name}, line {last.lineno}",
+        fix=f"set {DEBUG}=1 to see all of it (it may quote your data), and report it",
+    )
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Run one command; the only place that turns errors into exit statuses.
 
@@ -104,4 +117,9 @@ def main(arguments: list[str] | None = None) -> None:
     except (click.Abort, KeyboardInterrupt):
         err.print("Interrupted. What was already written is kept; the same command resumes.")
         sys.exit(130)
+    except Exception as error:  # the one broad net: a message of another library may quote data, so it is not printed
+        if DEBUG in os.environ:
+            raise
+        err.print(_unexpected(error).diagnostics(), markup=False, style="red")
+        sys.exit(MissingError.exit_status)
     sys.exit(status if isinstance(status, int) else 0)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
+import math
 import os
 import shutil
 import tempfile
@@ -16,6 +17,8 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
+
+from safetensors import SafetensorError
 
 from fedcompose.errors import ConfigError, MissingError, RefusedError
 
@@ -72,6 +75,10 @@ def parse_json(data: bytes, what: str) -> Any:
     def refuse(reason: str) -> NoReturn:
         raise RefusedError("JSON_INVALID", f"{what} is not acceptable JSON", got=reason)
 
+    def finite(text: str) -> float:
+        number = float(text)
+        return number if math.isfinite(number) else refuse("a number beyond float64")
+
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         keys = dict(pairs)
         if len(keys) != len(pairs):
@@ -82,7 +89,10 @@ def parse_json(data: bytes, what: str) -> Any:
         refuse(f"more than {MAX_JSON_BYTES} bytes")
     try:
         value = json.loads(
-            data.decode("utf-8"), object_pairs_hook=unique, parse_constant=lambda name: refuse(f"the number {name}")
+            data.decode("utf-8"),
+            object_pairs_hook=unique,
+            parse_float=finite,
+            parse_constant=lambda name: refuse(f"the number {name}"),
         )
     except (UnicodeDecodeError, json.JSONDecodeError, RecursionError, ValueError) as error:
         refuse(type(error).__name__)
@@ -102,8 +112,8 @@ def dump_json(value: Any) -> bytes:
 
 def write_atomic(path: Path, data: bytes, mode: int = 0o644) -> None:
     """Write `data` so that `path` holds either the old bytes or all of the new ones, also after a crash."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     with disk_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
         descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
         try:
             with os.fdopen(descriptor, "wb") as stream:
@@ -127,17 +137,24 @@ def new_folder(target: Path) -> Iterator[Path]:
 
     Use it for everything that several files make up together, so that a reader never meets half of it.
     """
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}."))
+    aside = target.parent / f".{target.name}.old"
+    if aside.exists() and not target.exists():
+        aside.replace(target)  # an earlier run ended between the two renames below
+    with disk_errors(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}."))
     try:
         with disk_errors(target):
             yield temporary
             temporary.chmod(0o755)
+            shutil.rmtree(aside, ignore_errors=True)
             if target.exists():
-                shutil.rmtree(target)
+                target.replace(aside)
             temporary.replace(target)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+        if target.exists():
+            shutil.rmtree(aside, ignore_errors=True)
 
 
 @contextmanager
@@ -147,12 +164,22 @@ def disk_errors(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise MissingError(
-                "DISK_FULL", f"no space left while writing {path}", fix="free some space and run the command again"
-            ) from error
+            raise _disk_full(path) from error
         if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
             raise MissingError("DISK_READ_ONLY", f"cannot write {path}", got=error.strerror) from error
         raise
+    except SafetensorError as error:  # the library reports the system's error only as text
+        if "os error 28" not in str(error).lower() and "No space left" not in str(error):
+            raise
+        raise _disk_full(path) from error
+
+
+def _disk_full(path: Path) -> MissingError:
+    return MissingError(
+        "DISK_FULL",
+        f"no space left while writing {path}",
+        fix="free some space and run the command again; what was finished is kept",
+    )
 
 
 def _depth(value: Any) -> int:
