@@ -169,8 +169,9 @@ def _show_legend(release: VerifiedRelease) -> None:
 
 
 def _show_shares(release: VerifiedRelease, answer: Answer) -> None:
-    line = Text(f"{answer.completion_tokens} tokens", "dim")
+    line = Text().append(f"{answer.completion_tokens} tokens", "dim")
     style = styles([each.site for each in release.experts])
     for name, share in sorted(answer.shares.items(), key=lambda each: -each[1]):
         line.append(" · ").append(f"{name} {share:.0%}", style[name])
-    out.print(line, "\n")
+    out.print(line)
+    out.print()
