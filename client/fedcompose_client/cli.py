@@ -17,7 +17,8 @@ from fedcompose.contribution import VerifiedContribution
 from fedcompose.errors import ConfigError
 from fedcompose.federation import Federation, trusted_federation
 from fedcompose.files import MAX_JSON_BYTES, read_limited, write_atomic
-from fedcompose_client.config import CONFIG_NAME, load_config, template
+from fedcompose.settings import fill_template
+from fedcompose_client.config import CONFIG_NAME, load_config
 
 app = typer.Typer(no_args_is_help=True, help="A site: train on your own data, distill, sign a contribution.")
 
@@ -52,9 +53,10 @@ def init(
     source = f'[domains.{domain}.traces]\ngenerator = "{traces}"' if traces else (
         f'# [domains.{domain}.traces]\n# generator = "chain_sum"'
     )  # fmt: skip
-    text = template(
-        id=site_id, base=base, domain=domain, file=file.as_posix(), task=task, columns="\n".join(columns), traces=source
-    )
+    text = fill_template(
+        "fedcompose_client", CONFIG_NAME, id=site_id, base=base, domain=domain, file=file.as_posix(), task=task,
+        columns="\n".join(columns), traces=source,
+    )  # fmt: skip
     write_atomic(path, text.encode())
     load_config(site)
     out.print(f"Wrote {path}", markup=False)

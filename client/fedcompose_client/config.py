@@ -2,24 +2,19 @@
 
 from __future__ import annotations
 
-import tomllib
-from importlib.resources import files
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, model_validator
 
 from fedcompose.errors import ConfigError
+from fedcompose.settings import Settings, read_settings
 
 CONFIG_NAME = "site.toml"
 Identifier = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]{0,62}$")]
 
 
-class _Frozen(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class Columns(_Frozen):
+class Columns(Settings):
     """Names of the columns of a domain's file."""
 
     question: str = "question"
@@ -28,7 +23,7 @@ class Columns(_Frozen):
     choices: str | None = None
 
 
-class TraceSource(_Frozen):
+class TraceSource(Settings):
     """A declared generator whose prompts traces may be sampled on; it must not depend on private data."""
 
     generator: str
@@ -39,7 +34,7 @@ class TraceSource(_Frozen):
     max_per_prompt: int = Field(1, ge=1, le=16)
 
 
-class Training(_Frozen):
+class Training(Settings):
     """How a domain's expert is trained. The defaults are the settings that were measured (docs/log.md)."""
 
     engine: Literal["auto", "packed", "trl"] = "auto"
@@ -65,7 +60,7 @@ class Training(_Frozen):
         return self
 
 
-class Domain(_Frozen):
+class Domain(Settings):
     """One kind of problem this site has data for."""
 
     file: Path
@@ -76,7 +71,7 @@ class Domain(_Frozen):
     training: Training = Training()
 
 
-class SiteConfig(_Frozen):
+class SiteConfig(Settings):
     """The whole of `site.toml`."""
 
     id: Identifier
@@ -103,27 +98,6 @@ class SiteConfig(_Frozen):
 def load_config(site: Path) -> SiteConfig:
     """Read and check `site.toml` of a site's folder.
 
-    Raises: ConfigError: `SITE_CONFIG_MISSING`, `SITE_CONFIG_INVALID`.
+    Raises: ConfigError: as `read_settings`.
     """
-    path = site / CONFIG_NAME
-    if not path.is_file():
-        raise ConfigError(
-            "SITE_CONFIG_MISSING",
-            f"there is no {CONFIG_NAME} in {site}",
-            fix="run `fedcompose client init` there, or name the folder with --site",
-        )
-    try:
-        return SiteConfig.model_validate(tomllib.loads(path.read_text("utf-8")))
-    except tomllib.TOMLDecodeError as error:
-        raise ConfigError("SITE_CONFIG_INVALID", f"{path} is not valid TOML", got=str(error)) from error
-    except ValidationError as error:
-        problems = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()[:5])
-        raise ConfigError("SITE_CONFIG_INVALID", f"{path} has unusable settings", got=problems) from error
-
-
-def template(**values: str) -> str:
-    """The commented `site.toml` with `@name@` marks replaced."""
-    text = (files("fedcompose_client") / "templates" / CONFIG_NAME).read_text("utf-8")
-    for name, value in values.items():
-        text = text.replace(f"@{name}@", value)
-    return text
+    return read_settings(site / CONFIG_NAME, SiteConfig, "fedcompose client init")

@@ -20,8 +20,9 @@ from fedcompose.errors import ConfigError, RefusedError
 from fedcompose.federation import Federation, trusted_federation
 from fedcompose.files import MAX_JSON_BYTES, read_json, read_limited, write_atomic
 from fedcompose.keys import load_signer
+from fedcompose.settings import fill_template
 from fedcompose_coordinator import commands_flower
-from fedcompose_coordinator.config import CONFIG_NAME, CoordinatorConfig, load_config, template
+from fedcompose_coordinator.config import CONFIG_NAME, CoordinatorConfig, load_config
 
 if TYPE_CHECKING:  # torch takes seconds to import
     from fedcompose_coordinator.lessons import Lesson
@@ -49,7 +50,7 @@ def init(
     path = home / CONFIG_NAME
     if path.exists():
         raise ConfigError("COORDINATOR_EXISTS", f"{path} is already there", fix="edit it, or remove it first")
-    write_atomic(path, template(id=coordinator_id, base=base).encode())
+    write_atomic(path, fill_template("fedcompose_coordinator", CONFIG_NAME, id=coordinator_id, base=base).encode())
     load_config(home)
     out.print(f"Wrote {path}", markup=False)
     next_steps(f"fedcompose keys new {coordinator_id} --role coordinator", "fedcompose coordinator receive DIR ...")
