@@ -5,7 +5,7 @@ split in `rlvr/`. TRL samples, weighs and updates. The rows of each step, the op
 and the seed of every step are ours, so that a run is the same function of its settings in either engine and goes on
 after kill -9 from the same file. TRL itself writes nothing, logs nothing and reports nothing.
 
-It has TRL's own speed: on a CPU the packed engine computes the same gradient several times faster (benchmarks/grpo.py).
+A test holds the two engines to one gradient; `benchmarks/grpo.py` measures how their speeds compare on a machine.
 """
 
 from __future__ import annotations
@@ -33,9 +33,7 @@ from fedcompose_client.train import (
     _validate,
 )
 
-RewardFunction: TypeAlias = Callable[
-    ..., list[float | None]
-]  # called by keyword, with the columns of the rows among them
+RewardFunction: TypeAlias = Callable[..., list[float | None]]  # called by keyword; columns of the rows are among them
 
 
 def reinforce_with_trl(run: Run) -> None:
