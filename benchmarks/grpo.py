@@ -89,7 +89,7 @@ def taught(base: Path, examples: list[Example], folder: Path) -> Adapter:
     """The adapter after a short warm-up, so that completions are those of a model in training."""
     run = new_run(base, None, examples, folder, full=False)
     for step in range(SETTINGS.warm_up_steps):
-        chosen = train._draw(examples, SETTINGS.warm_up_batch, step, SETTINGS.seed)
+        chosen = train.draw(examples, SETTINGS.warm_up_batch, step, SETTINGS.seed)
         trees = [train.supervised_tree(run, example) for example in chosen]
         tokens = sum(len(tree.branches[0][0]) for tree in trees)
         loss = train.update(run, trees, float(tokens), SETTINGS.warm_up_lr * min(1.0, (step + 1) / train.LR_RAMP_STEPS))
@@ -109,7 +109,7 @@ def packed_step(run: Run, step: int, full: bool) -> tuple[float, int]:
 
     with patch.object(train, "sample", watched):
         started = time.perf_counter()
-        examples = train._draw(run.splits.train, SETTINGS.prompts_per_step, step, SETTINGS.seed + 1)
+        examples = train.draw(run.splits.train, SETTINGS.prompts_per_step, step, SETTINGS.seed + 1)
         trees, rewards = train.explore(run, examples, step)
         normaliser = float(len(rewards) * SETTINGS.max_new_tokens)
         train.update(run, trees, normaliser, SETTINGS.lr * min(1.0, (step + 1) / train.LR_RAMP_STEPS))

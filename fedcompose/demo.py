@@ -20,6 +20,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -98,6 +99,13 @@ class Demo:
             raise _failed(name, status, log)
         mark.touch()
 
+    def once(self, name: str, action: Callable[[], None]) -> None:
+        """Do something of the demo's own unless an earlier demo in this folder did it."""
+        mark = self.out / "logs" / f"{name}.done"
+        if not mark.exists():
+            action()
+            mark.touch()
+
 
 def run_demo(demo: Demo) -> dict[str, Any]:
     """Run everything and return what `report.json` holds."""
@@ -137,8 +145,10 @@ def found_federation(demo: Demo) -> None:
     for folder in (hub, *(demo.out / "sites" / scenario.site for scenario in SCENARIOS)):
         write_atomic(folder / "federation.json", federation.read_bytes())
     for scenario in SCENARIOS:
-        _prepare_site(demo, scenario)
-    _prepare_coordinator(demo)
+        _init_site(demo, scenario)
+        demo.once(f"{scenario.site}-settings", partial(_adapt_site, demo, scenario))
+    demo.step("hub-init", "coordinator", "init", "--id", "hub", "--home", hub, "--base", demo.base)
+    demo.once("hub-settings", partial(_adapt_coordinator, demo))
     demo.step("call", "coordinator", "call", "--home", hub, *_sites(demo))
 
 
@@ -178,7 +188,7 @@ def in_parallel(function: Callable[..., None], calls: Iterable[tuple[Any, ...]])
         each.result()
 
 
-def _prepare_site(demo: Demo, scenario: Scenario) -> None:
+def _init_site(demo: Demo, scenario: Scenario) -> None:
     """The site's own file, made up, and its settings."""
     site = demo.out / "sites" / scenario.site
     rows = training(scenario.generator, scenario.config, SITE_ROWS, FIRST_SEED + demo.seed * 1_000_000)
@@ -192,21 +202,25 @@ def _prepare_site(demo: Demo, scenario: Scenario) -> None:
         "--file", "data.jsonl", "--task", generator_task(scenario.generator),
         "--traces", scenario.generator, "--base", demo.base, *(["--solution", "solution"] if scenario.reasons else []),
     )  # fmt: skip
+
+
+def _adapt_site(demo: Demo, scenario: Scenario) -> None:
+    """The demo's training settings, typed into `site.toml`."""
+    path = demo.out / "sites" / scenario.site / "site.toml"
     settings = TRAINING | scenario.training | (QUICK_TRAINING if demo.quick else {}) | {"seed": demo.seed}
-    text = (site / "site.toml").read_text()
+    text = path.read_text()
     for name, value in settings.items():
         text = _set(text, name, value)
     config = ", ".join(f"{key} = {json.dumps(value)}" for key, value in scenario.config.items())
     text = text.replace(
         f'generator = "{scenario.generator}"\n', f'generator = "{scenario.generator}"\nconfig = {{ {config} }}\n'
     )
-    write_atomic(site / "site.toml", text.encode())
+    write_atomic(path, text.encode())
 
 
-def _prepare_coordinator(demo: Demo) -> None:
-    hub = demo.out / "coordinator"
-    demo.step("hub-init", "coordinator", "init", "--id", "hub", "--home", hub, "--base", demo.base)
-    path = hub / "coordinator.toml"
+def _adapt_coordinator(demo: Demo) -> None:
+    """The demo's settings and the domains' public generators, typed into `coordinator.toml`."""
+    path = demo.out / "coordinator" / "coordinator.toml"
     text = _set(_set(_set(path.read_text(), "processes", 2), "seed", demo.seed), "max_new_tokens", 28)
     text = _set(_set(text, "steps", 6 if demo.quick else 44), "batch", 9)
     if demo.quick:

@@ -47,20 +47,22 @@ def advantage_tree(
     return Tree(tuple(prompt), branches) if branches else None
 
 
-def backward(model: Any, trees: Sequence[Tree], normaliser: float, pad_id: int) -> float:
+def backward(model: Any, trees: Sequence[Tree], normaliser: float, pad_id: int, temperature: float = 1.0) -> float:
     """Add the gradient of −Σ weight·log p(completion | prompt) / `normaliser`; returns that loss.
+
+    p is the model at `temperature`, which must be the one that the completions were sampled at.
 
     Source: Dr. GRPO (arXiv 2503.20783) with the on-policy ratio 1.
     """
     total = 0.0
     for batch in _batches(trees):
-        loss = _loss(model, batch, pad_id) / normaliser
+        loss = _loss(model, batch, pad_id, temperature) / normaliser
         loss.backward()
         total += loss.item()
     return total
 
 
-def _loss(model: Any, trees: Sequence[Tree], pad_id: int) -> torch.Tensor:
+def _loss(model: Any, trees: Sequence[Tree], pad_id: int, temperature: float) -> torch.Tensor:
     """Scalar: −Σ weight·log p over every completion token of every tree."""
     device = next(model.parameters()).device
     width = max(map(len, trees))
@@ -95,7 +97,7 @@ def _loss(model: Any, trees: Sequence[Tree], pad_id: int) -> torch.Tensor:
     ).logits
     rows, columns = torch.tensor(where, device=device).T
     cost = torch.nn.functional.cross_entropy(
-        logits[rows, columns].float(), torch.tensor(targets, device=device), reduction="none"
+        logits[rows, columns].float() / temperature, torch.tensor(targets, device=device), reduction="none"
     )
     return (cost * torch.tensor(weights, device=device)).sum()
 

@@ -105,12 +105,12 @@ def warm_up(run: Run) -> None:
     for step in range(progress.step, steps):
         started = time.perf_counter()
         lr = settings.warm_up_lr * min(1.0, (step + 1) / LR_RAMP_STEPS) * (1 - 0.9 * step / steps)
-        trees = [supervised_tree(run, example) for example in _draw(rows, settings.warm_up_batch, step, settings.seed)]
+        trees = [supervised_tree(run, example) for example in draw(rows, settings.warm_up_batch, step, settings.seed)]
         tokens = sum(len(tree.branches[0][0]) for tree in trees)
         progress.losses.append(update(run, trees, float(tokens), lr))
-        _after_step(run, "warm_up", step + 1, steps, started, f"loss {progress.losses[-1]:.2f}")
+        after_step(run, "warm_up", step + 1, steps, started, f"loss {progress.losses[-1]:.2f}")
     if steps:
-        _validate(run, "warmup", steps)
+        validate(run, "warmup", steps)
         _test(run, "warmup")
     _start_stage(run, "rlvr")
 
@@ -136,16 +136,17 @@ def reinforce_packed(run: Run) -> None:
     settings, progress = run.settings, run.progress
     for step in range(progress.step, settings.steps):
         if step and step % VALIDATE_EVERY == 0:
-            _validate(run, "rlvr", step)
+            validate(run, "rlvr", step)
         started = time.perf_counter()
-        examples = _draw(run.splits.train, settings.prompts_per_step, step, settings.seed + 1)
+        examples = draw(run.splits.train, settings.prompts_per_step, step, settings.seed + 1)
         trees, rewards = explore(run, examples, step)
         progress.rewards.append(sum(rewards) / len(rewards))
         normaliser = float(len(rewards) * settings.max_new_tokens)
-        update(run, trees, normaliser, settings.lr * min(1.0, (step + 1) / LR_RAMP_STEPS))
+        lr = settings.lr * min(1.0, (step + 1) / LR_RAMP_STEPS)
+        update(run, trees, normaliser, lr, settings.temperature)
         recent = progress.rewards[-5:]
-        _after_step(run, "rlvr", step + 1, settings.steps, started, f"reward {sum(recent) / len(recent):.2f}")
-    _validate(run, "rlvr", settings.steps)
+        after_step(run, "rlvr", step + 1, settings.steps, started, f"reward {sum(recent) / len(recent):.2f}")
+    validate(run, "rlvr", settings.steps)
 
 
 def explore(run: Run, examples: Sequence[Example], step: int) -> tuple[list[Tree], list[float]]:
@@ -166,11 +167,11 @@ def explore(run: Run, examples: Sequence[Example], step: int) -> tuple[list[Tree
     return trees, rewards
 
 
-def update(run: Run, trees: Sequence[Tree], normaliser: float, lr: float) -> float:
+def update(run: Run, trees: Sequence[Tree], normaliser: float, lr: float, temperature: float = 1.0) -> float:
     """One optimizer step on weighted completions; returns the loss."""
     for group in run.optimizer.param_groups:
         group["lr"] = lr
-    loss = backward(run.model, trees, normaliser, run.tokenizer.pad_token_id) if trees else 0.0
+    loss = backward(run.model, trees, normaliser, run.tokenizer.pad_token_id, temperature) if trees else 0.0
     if trees:
         torch.nn.utils.clip_grad_norm_(trainable(run.model), MAX_GRADIENT_NORM)
         run.optimizer.step()
@@ -258,7 +259,7 @@ def _same_settings(folder: Path, settings: dict[str, Any], examples: Sequence[Ex
     write_atomic(path, wanted)
 
 
-def _draw(rows: Sequence[Example], count: int, step: int, seed: int) -> list[Example]:
+def draw(rows: Sequence[Example], count: int, step: int, seed: int) -> list[Example]:
     """The rows of one step: a walk through a shuffle that is made anew each epoch."""
     positions = range(step * count, (step + 1) * count)
     orders = {}
@@ -267,7 +268,7 @@ def _draw(rows: Sequence[Example], count: int, step: int, seed: int) -> list[Exa
     return [rows[orders[position // len(rows)][position % len(rows)]] for position in positions]
 
 
-def _after_step(run: Run, stage: str, step: int, steps: int, started: float, note: str) -> None:
+def after_step(run: Run, stage: str, step: int, steps: int, started: float, note: str) -> None:
     run.progress.step = step
     seconds = run.progress.seconds
     seconds[stage] = seconds.get(stage, 0.0) + time.perf_counter() - started
@@ -282,7 +283,7 @@ def _start_stage(run: Run, stage: str) -> None:
     _save_checkpoint(run)
 
 
-def _validate(run: Run, name: str, step: int) -> None:
+def validate(run: Run, name: str, step: int) -> None:
     """Accuracy on the validation split; keeps the adapter in `<name>/` when it is the best of its stage so far."""
     history = run.progress.validation.setdefault(name, [])
     if any(done == step for done, _ in history):

@@ -28,9 +28,9 @@ from fedcompose_client.train import (
     MAX_GRADIENT_NORM,
     VALIDATE_EVERY,
     Run,
-    _after_step,
-    _draw,
-    _validate,
+    after_step,
+    draw,
+    validate,
 )
 
 RewardFunction: TypeAlias = Callable[..., list[float | None]]  # called by keyword; columns of the rows are among them
@@ -53,7 +53,7 @@ def reinforce_with_trl(run: Run) -> None:
         if run.progress.step < run.settings.steps:
             make_trainer(run, reward_function(run)).train()
     run.model.eval()
-    _validate(run, "rlvr", run.settings.steps)
+    validate(run, "rlvr", run.settings.steps)
 
 
 def make_trainer(run: Run, reward: RewardFunction) -> GRPOTrainer:
@@ -109,7 +109,7 @@ def _rows(run: Run) -> Dataset:
     settings, task = run.settings, run.task
     rows = []
     for step in range(run.progress.step, settings.steps):
-        for example in _draw(run.splits.train, settings.prompts_per_step, step, settings.seed + 1):
+        for example in draw(run.splits.train, settings.prompts_per_step, step, settings.seed + 1):
             rows.append({"prompt": _prompt(run.tokenizer, task.prompt(example.question)), "answer": example.answer})
     return Dataset.from_list(rows)
 
@@ -153,7 +153,7 @@ class _Steps(TrainerCallback):
         run, step = self.run, self.run.progress.step
         if step and step % VALIDATE_EVERY == 0:
             run.model.eval()  # TRL puts it back; while training with checkpointing a model keeps no cache
-            _validate(run, "rlvr", step)
+            validate(run, "rlvr", step)
         torch.manual_seed(run.settings.seed * 1_000_003 + step)
         self.started = time.perf_counter()
 
@@ -161,4 +161,4 @@ class _Steps(TrainerCallback):
         run, step = self.run, self.run.progress.step + 1
         recent = run.progress.rewards[-5:]
         note = f"reward {sum(recent) / len(recent):.2f}"
-        _after_step(run, "rlvr", step, run.settings.steps, self.started, note)
+        after_step(run, "rlvr", step, run.settings.steps, self.started, note)

@@ -72,10 +72,10 @@ class ComposeSettings(BaseModel):
 
     steps: int = Field(60, ge=1)
     batch: int = Field(12, ge=1)  # lessons per step, the same number from every domain
-    router_lr: float = Field(5e-3, gt=0)
-    attention_lr: float = Field(5e-4, gt=0)
-    attention_rank: int = Field(8, ge=1, le=512)
-    attention_alpha: int = Field(16, ge=1)
+    router_lr: float = Field(1e-2, gt=0)
+    attention_lr: float = Field(2e-3, gt=0)
+    attention_rank: int = Field(16, ge=1, le=512)
+    attention_alpha: int = Field(32, ge=1)
     warm_up: float = Field(0.05, ge=0, lt=1)  # share of the steps
     clip: float = Field(1.0, gt=0)  # largest norm of a step's gradient
     checkpoint_every: int = Field(10, ge=1)  # steps

@@ -19,9 +19,9 @@ class Compose(Settings):
     seed: int = Field(0, ge=0)
     steps: int = Field(60, ge=1)
     batch: int = Field(12, ge=1)
-    router_lr: float = Field(5e-3, gt=0)
-    attention_lr: float = Field(5e-4, gt=0)
-    attention_rank: int = Field(8, ge=1, le=512)
+    router_lr: float = Field(1e-2, gt=0)
+    attention_lr: float = Field(2e-3, gt=0)
+    attention_rank: int = Field(16, ge=1, le=512)
     sampled_prompts: int = Field(96, ge=1)
     temperature: float = Field(0.7, gt=0, le=2)
 

@@ -50,8 +50,8 @@ def gradient(model: Any) -> torch.Tensor:
     return torch.cat([part.flatten() for part in parts])
 
 
-def log_probability(model: Any, prompt: Sequence[int], tokens: Sequence[int]) -> torch.Tensor:
-    logits = model(input_ids=torch.tensor([[*prompt, *tokens]])).logits[0]
+def log_probability(model: Any, prompt: Sequence[int], tokens: Sequence[int], temperature: float = 1.0) -> torch.Tensor:
+    logits = model(input_ids=torch.tensor([[*prompt, *tokens]])).logits[0] / temperature
     return -cross_entropy(logits[len(prompt) - 1 : -1], torch.tensor(tokens), reduction="sum")
 
 
@@ -80,6 +80,16 @@ def test_the_policy_gradient_is_the_textbook_one(model: Any) -> None:
 def test_every_kind_of_group_has_its_textbook_gradient(model: Any, index: int) -> None:
     wanted = textbook_gradient(model, [GROUPS[index]], 1.0)
     torch.testing.assert_close(packed_gradient(model, [GROUPS[index]], 1.0), wanted, rtol=1e-5, atol=1e-5)
+
+
+def test_the_gradient_is_that_of_the_temperature_sampled_at(model: Any) -> None:
+    tree = Tree((5, 9), (((40, 41, 2), 1.0),))
+    backward(model, [tree], 1.0, PAD, temperature=0.5)
+    hot = gradient(model)
+    (-log_probability(model, tree.prompt, (40, 41, 2), temperature=0.5)).backward()
+    torch.testing.assert_close(hot, gradient(model), rtol=1e-5, atol=1e-5)
+    backward(model, [tree], 1.0, PAD)
+    assert not torch.allclose(hot, gradient(model), rtol=1e-3)
 
 
 def test_small_batches_give_the_same_gradient(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:

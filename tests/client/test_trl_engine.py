@@ -145,7 +145,7 @@ def test_a_whole_step_of_trl_has_the_packed_gradient_of_its_own_samples(
         trainer.train()
     run.model.eval()
     group = SETTINGS.samples_per_prompt
-    examples = trl_engine._draw(run.splits.train, SETTINGS.prompts_per_step, 0, SETTINGS.seed + 1)
+    examples = trl_engine.draw(run.splits.train, SETTINGS.prompts_per_step, 0, SETTINGS.seed + 1)
     groups = []
     for index, example in enumerate(examples):
         chosen = seen[index * group : (index + 1) * group]
@@ -169,7 +169,7 @@ def test_a_turn_that_did_not_end_earns_nothing(run: Run) -> None:
 def test_trl_reads_the_same_prompt_tokens(run: Run, template: bool) -> None:
     if not template:
         run.tokenizer.chat_template = None
-    examples = trl_engine._draw(run.splits.train, SETTINGS.prompts_per_step, 0, SETTINGS.seed + 1)
+    examples = trl_engine.draw(run.splits.train, SETTINGS.prompts_per_step, 0, SETTINGS.seed + 1)
     rows = trl_engine._rows(run)["prompt"][: len(examples)]
     ids, *_ = make_trainer(run, reward_function(run))._tokenize_prompts(list(rows))
     assert ids == [prompt_ids(run.tokenizer, example.question) for example in examples]

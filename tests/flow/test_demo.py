@@ -11,9 +11,11 @@ from pathlib import Path
 import pytest
 
 from fedcompose.bases import cache_dir
-from fedcompose.demo import SCENARIOS, Demo, _set
+from fedcompose.demo import SCENARIOS, Demo, _set, found_federation
 from fedcompose.errors import MissingError
+from fedcompose.files import folder_digests
 from fedcompose.tasks import held_out, training
+from fedcompose_coordinator.config import load_config as load_coordinator
 
 
 def new_demo(folder: Path) -> Demo:
@@ -38,6 +40,20 @@ def test_a_failed_step_says_what_the_command_said_and_is_run_again(tmp_path: Pat
             demo.step("show", "federation", "show", tmp_path / "nothing.json")
         assert caught.value.code == "DEMO_STEP_FAILED"
         assert "nothing.json" in (caught.value.got or "")
+
+
+def test_founding_the_federation_again_changes_nothing(tmp_path: Path, tiny_base: Path) -> None:
+    demo = new_demo(tmp_path)
+    demo.base = str(tiny_base)
+    found_federation(demo)
+    first = folder_digests(tmp_path)
+    assert load_coordinator(tmp_path / "coordinator").domains.keys() == {each.domain for each in SCENARIOS}
+    (tmp_path / "logs" / "call.done").unlink()  # as if it had been interrupted just before the end
+    found_federation(demo)
+    again = folder_digests(tmp_path)
+    assert {name for name in again if again[name] != first.get(name)} <= {
+        name for name in again if "calls/" in name or name.startswith("logs/call")
+    }
 
 
 def test_a_setting_is_changed_once_and_must_exist() -> None:
