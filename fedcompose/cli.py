@@ -6,6 +6,7 @@ import importlib
 import os
 import sys
 import traceback
+import warnings
 from collections.abc import Callable
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -27,6 +28,9 @@ COMMANDS = ("base", "keys", "federation", "verify", "serve", "chat", "demo")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+# Advice of transformers to peft's authors; it would stand in every training log.
+warnings.filterwarnings("ignore", category=FutureWarning, module=r"transformers\.")
 
 app = typer.Typer(
     name="fedcompose",
