@@ -62,6 +62,7 @@ SCENARIOS = (
 )
 TRAINING = {"warm_up_steps": 12, "steps": 36}
 QUICK_TRAINING = {"warm_up_steps": 6, "steps": 2, "validation_count": 20, "test_count": 20}
+QUICK_TRACE_PROMPTS = 40
 
 
 @dataclass
@@ -212,9 +213,9 @@ def _adapt_site(demo: Demo, scenario: Scenario) -> None:
     for name, value in settings.items():
         text = _set(text, name, value)
     config = ", ".join(f"{key} = {json.dumps(value)}" for key, value in scenario.config.items())
-    text = text.replace(
-        f'generator = "{scenario.generator}"\n', f'generator = "{scenario.generator}"\nconfig = {{ {config} }}\n'
-    )
+    source = f"config = {{ {config} }}\n" + (f"prompts = {QUICK_TRACE_PROMPTS}\n" if demo.quick else "")
+    generator = f'generator = "{scenario.generator}"\n'
+    text = text.replace(generator, generator + source)
     write_atomic(path, text.encode())
 
 

@@ -44,3 +44,10 @@ def sim(
 
     monkeypatch.setattr(os, "fsync", lambda descriptor: None)  # a test outlives no power cut
     return make_federation(tmp_path / "federation", tiny_base, random_experts)
+
+
+@pytest.fixture(scope="session")
+def teachable_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from tests.tiny import make_teachable_base
+
+    return make_teachable_base(tmp_path_factory.mktemp("base") / "teachable")

@@ -39,3 +39,14 @@ def make_tiny_base(folder: Path, seed: int = 0, layers: int = 2, hidden: int = 3
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+def make_teachable_base(folder: Path) -> Path:
+    """A tiny base with long embeddings: those of the ordinary one are too short to ever prefer a token."""
+    from safetensors.torch import load_file, save_file
+
+    make_tiny_base(folder)
+    weights = load_file(folder / "model.safetensors")
+    weights["model.embed_tokens.weight"] *= 20
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    return folder

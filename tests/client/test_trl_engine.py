@@ -12,19 +12,19 @@ import pytest
 import torch
 from huggingface_hub.utils import _telemetry, send_telemetry
 from peft import LoraConfig, get_peft_model
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from transformers import TrainerCallback
 
 from fedcompose.model.lm import load_base, pad_right, prompt_ids
 from fedcompose.tasks import Example
 from fedcompose_client import train as train_module
 from fedcompose_client import trl_engine
-from fedcompose_client.config import SiteConfig, Training
+from fedcompose_client.config import Training
 from fedcompose_client.data import Splits
 from fedcompose_client.packed import Tree, advantage_tree, backward
 from fedcompose_client.train import Progress, Run, new_optimizer, train, trainable, update
 from fedcompose_client.trl_engine import make_trainer, reward_function
-from tests.tiny import make_tiny_base
+from tests.client.small_site import make_site, silent
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 
@@ -48,20 +48,6 @@ class Vowels:
 
 class Killed(BaseException):
     """Stands for kill -9: no handler of ours may see it."""
-
-
-def silent(stage: str, step: int, steps: int, note: str) -> None:
-    pass
-
-
-@pytest.fixture(scope="module")
-def teachable_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny base with long embeddings: those of the ordinary one are too short to ever prefer a token."""
-    folder = make_tiny_base(tmp_path_factory.mktemp("base") / "teachable")
-    weights = load_file(folder / "model.safetensors")
-    weights["model.embed_tokens.weight"] *= 20
-    save_file(weights, folder / "model.safetensors", {"format": "pt"})
-    return folder
 
 
 @pytest.fixture
@@ -196,33 +182,19 @@ def test_trl_reports_to_nobody(run: Run, monkeypatch: pytest.MonkeyPatch) -> Non
     assert outgoing.empty()
 
 
-def make_site(folder: Path, base: Path) -> SiteConfig:
-    """A site whose answers a tiny model can learn in a few steps, so that its samples earn something."""
-    folder.mkdir()
-    rows = [{"question": f"{a}{b}", "answer": "yes" if a < b else "no"} for a in range(7) for b in range(7)]
-    (folder / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    training = {
-        "engine": "trl", "rank": 8, "validation_count": 10, "test_count": 10, "warm_up_steps": 45, "warm_up_batch": 2,
-        "warm_up_lr": 0.05, "steps": 3, "prompts_per_step": 2, "samples_per_prompt": 8, "max_new_tokens": 14,
-        "lr": 0.005, "temperature": 0.7,
-    }  # fmt: skip
-    domain = {"file": "rows.jsonl", "task": "yes_no", "training": training}
-    return SiteConfig.model_validate({"id": "site-a", "base": str(base), "key": "k", "domains": {"order": domain}})
-
-
 def test_a_killed_run_resumes_to_the_same_expert(
     tmp_path: Path, teachable_base: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(train_module, "CHECKPOINT_EVERY", 2)
     monkeypatch.setattr(trl_engine, "VALIDATE_EVERY", 2)
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    result = train(whole, make_site(whole, teachable_base), "order", silent)
+    result = train(whole, make_site(whole, teachable_base, engine="trl", steps=3), "order", silent)
     assert [step for step, _ in result["validation"]["rlvr"]] == [2, 3]
     assert set(result["accuracy"]) == {"base", "warmup", "rlvr"}
     assert len(result["rewards"]) == 3
     assert all(reward > 0 for reward in result["rewards"])  # there was something to learn
     assert json.loads((whole / "runs/order/result.json").read_text()) == json.loads(json.dumps(result))
-    config = make_site(killed, teachable_base)
+    config = make_site(killed, teachable_base, engine="trl", steps=3)
 
     def kill(stage: str, step: int, steps: int, note: str) -> None:
         if (stage, step) == ("rlvr", 3):  # the last checkpoint is that of step 2
