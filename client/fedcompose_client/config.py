@@ -35,7 +35,7 @@ class TraceSource(Settings):
 
 
 class Training(Settings):
-    """How a domain's expert is trained. The defaults are the settings that were measured (docs/log.md)."""
+    """How a domain's expert is trained. The measured settings, the demo's, are in docs/log.md."""
 
     engine: Literal["auto", "packed", "trl"] = "auto"
     seed: int = Field(0, ge=0)

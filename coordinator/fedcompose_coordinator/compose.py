@@ -66,7 +66,7 @@ OnStep = Callable[[int, int, str], None]
 
 
 class ComposeSettings(BaseModel):
-    """How to compose. The defaults are the settings that were measured (docs/log.md)."""
+    """How to compose. The measured settings, the demo's, are in docs/log.md."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 

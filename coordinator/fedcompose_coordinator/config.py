@@ -14,7 +14,7 @@ CONFIG_NAME = "coordinator.toml"
 
 
 class Compose(Settings):
-    """How router and attention LoRA are trained. The defaults are the settings that were measured (docs/log.md)."""
+    """How router and attention LoRA are trained. The measured settings, the demo's, are in docs/log.md."""
 
     seed: int = Field(0, ge=0)
     steps: int = Field(60, ge=1)
