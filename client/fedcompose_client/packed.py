@@ -96,9 +96,10 @@ def _loss(model: Any, trees: Sequence[Tree], pad_id: int, temperature: float) ->
         logits_to_keep=torch.arange(first, width, device=device),  # a tensor: a slice would be copied per row
     ).logits
     rows, columns = torch.tensor(where, device=device).T
-    cost = torch.nn.functional.cross_entropy(
-        logits[rows, columns].float() / temperature, torch.tensor(targets, device=device), reduction="none"
-    )
+    scores = logits[rows, columns].float()
+    if temperature != 1:
+        scores = scores / temperature
+    cost = torch.nn.functional.cross_entropy(scores, torch.tensor(targets, device=device), reduction="none")
     return (cost * torch.tensor(weights, device=device)).sum()
 
 

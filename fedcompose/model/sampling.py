@@ -117,9 +117,11 @@ def _choose(logits: torch.Tensor, temperature: float, generator: torch.Generator
     """(rows,) next token of each row."""
     if temperature == 0:
         return logits.argmax(-1)
-    # The Gumbel trick: one pass over the vocabulary instead of a sort or a cumulative sum.
-    noise = torch.empty_like(logits, dtype=torch.float32).exponential_(generator=generator)
-    return (logits.float() / temperature - noise.log()).argmax(-1)
+    # One random number per row against the running sum of the probabilities: drawing one per token of the vocabulary,
+    # as the Gumbel trick does, took a tenth of a training step.
+    running = torch.softmax(logits.float() / temperature, dim=-1).cumsum(-1)
+    draws = torch.rand(len(logits), 1, device=logits.device, generator=generator) * running[:, -1:]
+    return torch.searchsorted(running, draws, right=True).flatten().clamp(max=logits.shape[-1] - 1)
 
 
 def _completion(tokenizer: Any, tokens: list[int]) -> Completion:
