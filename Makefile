@@ -4,13 +4,14 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 INTEROP := .venv-interop
+FUZZ := .venv-fuzz
 PROJECTS := pyproject.toml client/pyproject.toml coordinator/pyproject.toml
 
 # Waiting OpenMP threads must not spin: tests and demo run several processes on the same cores.
 export OMP_WAIT_POLICY := PASSIVE
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test check format docs wheels interop lock clean
+.PHONY: help install demo test check format docs wheels interop fuzz lock clean
 
 help:  ## this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## */  make \1\t/' | expand -t 18
@@ -34,7 +35,7 @@ $(VENV)/.installed: $(VENV)/.python $(PROJECTS) constraints.txt
 	@echo "... done. \`source $(BIN)/activate\` puts fedcompose on the PATH."
 	@touch $@
 
-demo: install  ## three sites, one coordinator, a signed release, on this machine (about 15 minutes)
+demo: install  ## three sites, one coordinator, a signed release, on this machine (about 16 minutes)
 	$(BIN)/fedcompose demo $(DEMO)
 
 test: install interop  ## all tests (about five minutes)
@@ -46,13 +47,15 @@ check: install  ## lint, format, types, import contracts, and whether the genera
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-logo
 	$(BIN)/python docs/make_cli.py --check
+	$(BIN)/python docs/make_errors.py --check
 
 format: install  ## let ruff format and fix
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
 
-docs: install  ## write docs/cli.md from --help
+docs: install  ## write docs/cli.md from --help, and docs/errors.md from the source
 	$(BIN)/python docs/make_cli.py
+	$(BIN)/python docs/make_errors.py
 
 wheels: install  ## the three wheels, in dist/
 	rm -rf dist
@@ -67,10 +70,19 @@ $(INTEROP)/.installed: tests/interop-requirements.txt
 	@$(INTEROP)/bin/python -m pip --disable-pip-version-check install --quiet -r tests/interop-requirements.txt
 	@touch $@
 
+fuzz: $(FUZZ)/.installed  ## 200,000 mutated inputs to everything that reads a stranger's bytes (half an hour, low priority)
+	$(FUZZ)/bin/python tests/fuzz/run.py $(FUZZING)
+
+# The environment of the coverage-guided mutator; it holds the library and nothing else of ours.
+$(FUZZ)/.installed: constraints.txt
+	$(PYTHON) -m venv $(FUZZ)
+	@$(FUZZ)/bin/python -m pip --disable-pip-version-check install --quiet -c constraints.txt atheris==3.0.0 .
+	@touch $@
+
 lock: install  ## write constraints.txt from what .venv holds
 	@head -2 constraints.txt > constraints.new
 	@$(PIP) freeze --exclude-editable | sed -E 's/^(torch==[0-9.]+).*/\1/' >> constraints.new
 	@mv constraints.new constraints.txt
 
 clean:  ## remove the environments, caches and built files; the base model in ~/.fedcompose stays
-	rm -rf $(VENV) $(INTEROP) dist build demo .mypy_cache .ruff_cache .pytest_cache .import_linter_cache
+	rm -rf $(VENV) $(INTEROP) $(FUZZ) dist build demo .mypy_cache .ruff_cache .pytest_cache .import_linter_cache

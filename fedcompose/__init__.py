@@ -15,10 +15,12 @@ def load(
 ) -> tuple[Any, Any]:
     """Verify the release in `path`, then load it: (transformers model, tokenizer), ready for `generate`.
 
-    Without fingerprints the roots that this machine remembers for the federation decide. `base` says where the
-    release's base model lies, where its name alone does not.
+    Without fingerprints the roots that this machine remembers for the federation decide; the newest federation file and
+    revocation list that it has accepted are honoured either way. `base` says where the release's base model lies, where
+    its name alone does not.
 
-    Raises: RefusedError: when anything in the release is not what its signatures say; nothing is loaded then.
+    Raises: RefusedError: when anything in the release is not what its signatures say, or it is not to be used any more;
+                nothing is loaded then.
             MissingError: when this machine lacks the base model.
     """
     # By name, so that importing fedcompose, or verifying, brings in no torch.

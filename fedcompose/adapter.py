@@ -5,25 +5,27 @@ base weights. So nothing a site wrote is ever handed to PEFT: the configuration 
 values below, every other key must say "off", and the tensors must be exactly those that this configuration
 implies, on modules of the base. What passes is written again from those values.
 
-No tensor library is needed: tensors stay bytes with a type and a shape, and numpy looks at their values.
+No tensor library is needed: tensors stay bytes with a type and a shape, and numpy looks at their values. Checking
+reads the weights once, in pieces, so that it takes the same memory for a file of any size.
 """
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, NoReturn, TypeVar
+from typing import Annotated, Any, NamedTuple, NoReturn, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from fedcompose.errors import RefusedError
-from fedcompose.files import MAX_JSON_BYTES, dump_json, parse_json, read_limited, write_atomic
+from fedcompose.files import MAX_JSON_BYTES, READ_CHUNK_BYTES, dump_json, parse_json, read_limited, write_atomic
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -36,7 +38,7 @@ MAX_SCALE = 64.0  # alpha/r; practice is 0.5 to 4
 MAX_TARGETS = 1024
 MAX_PATTERNS = 2048
 MAX_NAME_CHARS = 256
-MAX_UPDATE_RMS = 1.0  # root mean square of one entry of scale·B·A; a trained expert is below 0.01
+MAX_UPDATE_RMS = 1.0  # bound on the root mean square of an entry of scale·B·A; a trained expert is below 0.01
 ITEM_BYTES = {"F32": 4, "F16": 2, "BF16": 2}
 # Two-dimensional weights that are no linear layers; PEFT would adapt them in another way.
 EMBEDDINGS = frozenset({"embed_tokens", "embed_positions", "word_embeddings", "wte", "wpe", "embed_in"})
@@ -124,12 +126,8 @@ class StoredTensor:
     data: memoryview
 
     def float32(self) -> NDArray[np.float32]:
-        """The values; bfloat16 is float32 without its lower half."""
-        if self.dtype == "BF16":
-            bits = np.frombuffer(self.data, dtype="<u2").astype(np.uint32) << 16
-            return bits.view(np.float32).reshape(self.shape)
-        stored = np.frombuffer(self.data, dtype="<f4" if self.dtype == "F32" else "<f2")
-        return stored.astype(np.float32, copy=False).reshape(self.shape)
+        """The values."""
+        return _float32(self.dtype, self.data).reshape(self.shape)
 
 
 @dataclass(frozen=True)
@@ -141,7 +139,7 @@ class Adapter:
 
     def modules(self) -> tuple[str, ...]:
         """Names of the adapted modules, as the base names them, sorted."""
-        return tuple(sorted({module_of(name) for name in self.tensors}))
+        return _modules(self.tensors)
 
     def pair(self, module: str) -> tuple[StoredTensor, StoredTensor]:
         """A [rank, in] and B [out, rank] of one module."""
@@ -174,7 +172,21 @@ def read_adapter(folder: Path, base_shapes: Mapping[str, tuple[int, int]] | None
 
 
 def parse_adapter(config: bytes, weights: bytes, base_shapes: Mapping[str, tuple[int, int]] | None) -> Adapter:
-    """Check an adapter's two files, given as bytes, in full.
+    """The adapter in two files given as bytes, checked in full as `check_adapter` does."""
+    parsed = check_adapter(config, io.BytesIO(weights), len(weights), base_shapes)
+    return Adapter(parsed, parse_safetensors(weights))
+
+
+class Readable(Protocol):
+    """What the weights are read from: `read` gives as many bytes as asked for, unless they end before."""
+
+    def read(self, size: int, /) -> bytes: ...
+
+
+def check_adapter(
+    config: bytes, weights: Readable, weights_bytes: int, base_shapes: Mapping[str, tuple[int, int]] | None
+) -> AdapterConfig:
+    """Check an adapter whose weights are `weights_bytes` long, reading them once from begin to end.
 
     With `base_shapes` the tensors must be exactly those the configuration implies on that base. Without (a
     machine that has no base may still verify a signature chain) they must be complete, well-formed LoRA
@@ -184,12 +196,13 @@ def parse_adapter(config: bytes, weights: bytes, base_shapes: Mapping[str, tuple
         `ADAPTER_NOT_FINITE`, `ADAPTER_TOO_STRONG`.
     """
     parsed = parse_config(config)
-    tensors = parse_safetensors(weights)
-    adapter = Adapter(parsed, tensors)
-    _check_names(adapter, base_shapes)
-    _check_shapes(adapter, base_shapes)
-    _check_values(adapter)
-    return adapter
+    layouts = _read_header(weights, weights_bytes)
+    shapes = {layout.name: layout.shape for layout in layouts}
+    _check_names(parsed, shapes, base_shapes)
+    _check_shapes(parsed, shapes, base_shapes)
+    norms = {layout.name: _read_norm(weights, layout) for layout in layouts}
+    _check_strength(parsed, shapes, norms)
+    return parsed
 
 
 def parse_config(data: bytes) -> AdapterConfig:
@@ -216,24 +229,10 @@ def parse_safetensors(data: bytes) -> dict[str, StoredTensor]:
 
     Raises: RefusedError: `SAFETENSORS_INVALID`, before any size in the header is trusted.
     """
-    header_bytes = int.from_bytes(data[:8], "little")
-    if len(data) < 8 or header_bytes > min(MAX_HEADER_BYTES, len(data) - 8) or data[8:9] != b"{":
-        _invalid("the header is missing, truncated or too large")
-    header = parse_json(data[8 : 8 + header_bytes], f"the header of {WEIGHTS_FILE}")
-    if header.pop("__metadata__", {"format": "pt"}) != {"format": "pt"}:
-        _invalid("metadata other than the format")
-    if not 1 <= len(header) <= MAX_TENSORS:
-        _invalid(f"{len(header)} tensors")
-    body = memoryview(data)[8 + header_bytes :]
-    entries = sorted((_entry(name, value) for name, value in header.items()), key=lambda entry: entry[1])
-    position = 0
-    for _, begin, end, _, _ in entries:
-        if begin != position:
-            _invalid("tensors overlap or leave a hole")
-        position = end
-    if position != len(body):
-        _invalid("the data is shorter or longer than the header says")
-    return {name: StoredTensor(dtype, shape, body[begin:end]) for name, begin, end, dtype, shape in entries}
+    stream = io.BytesIO(data)
+    layouts = _read_header(stream, len(data))
+    body = memoryview(data)[stream.tell() :]
+    return {each.name: StoredTensor(each.dtype, each.shape, body[each.begin : each.end]) for each in layouts}
 
 
 def write_adapter(folder: Path, adapter: Adapter) -> None:
@@ -327,32 +326,71 @@ def _invalid(reason: str) -> NoReturn:
     raise RefusedError("SAFETENSORS_INVALID", f"{WEIGHTS_FILE} is not acceptable", got=reason)
 
 
-def _entry(name: str, value: Any) -> tuple[str, int, int, str, tuple[int, ...]]:
-    """One header entry as (name, begin, end, dtype, shape), its size checked against its shape."""
+class _Layout(NamedTuple):
+    """Where one tensor lies in the file's data."""
+
+    name: str
+    begin: int
+    end: int
+    dtype: str
+    shape: tuple[int, ...]
+
+
+def _read_header(stream: Readable, file_bytes: int) -> list[_Layout]:
+    """The layout of a safetensors file of this size, in the order of the data, which begins where reading stopped."""
+    length = stream.read(8)
+    header_bytes = int.from_bytes(length, "little")
+    if len(length) < 8 or header_bytes > min(MAX_HEADER_BYTES, file_bytes - 8):
+        _invalid("the header is missing, truncated or too large")
+    text = stream.read(header_bytes)
+    if len(text) != header_bytes or text[:1] != b"{":
+        _invalid("the header is truncated or no JSON object")
+    header = parse_json(text, f"the header of {WEIGHTS_FILE}")
+    if header.pop("__metadata__", {"format": "pt"}) != {"format": "pt"}:
+        _invalid("metadata other than the format")
+    if not 1 <= len(header) <= MAX_TENSORS:
+        _invalid(f"{len(header)} tensors")
+    layouts = sorted((_layout(name, value) for name, value in header.items()), key=lambda layout: layout.begin)
+    position = 0
+    for layout in layouts:
+        if layout.begin != position:
+            _invalid("tensors overlap or leave a hole")
+        if (8 + header_bytes + position) % ITEM_BYTES[layout.dtype]:
+            _invalid("a tensor that is not aligned")
+        position = layout.end
+    if position != file_bytes - 8 - header_bytes:
+        _invalid("the data is shorter or longer than the header says")
+    return layouts
+
+
+def _layout(name: str, value: Any) -> _Layout:
+    """One header entry, its size checked against its shape."""
     if not isinstance(value, dict) or set(value) != {"dtype", "shape", "data_offsets"} or len(name) > MAX_NAME_CHARS:
         _invalid("a header entry with other fields")
     dtype, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
     if dtype not in ("F32", "F16", "BF16"):
         _invalid(f"type {str(dtype)[:16]!a}; F32, F16 and BF16 are known")
-    if not _positive(shape, 1) or len(shape) > 2 or not _positive(offsets, 0) or len(offsets) != 2:
+    if not _numbers(shape, 1) or len(shape) not in (1, 2) or not _numbers(offsets, 0) or len(offsets) != 2:
         _invalid("a shape or an offset that is not one")
     if offsets[1] - offsets[0] != math.prod(shape) * ITEM_BYTES[dtype]:
         _invalid("a tensor's size differs from its shape")
-    return name, offsets[0], offsets[1], dtype, tuple(shape)
+    return _Layout(name, offsets[0], offsets[1], dtype, tuple(shape))
 
 
-def _positive(values: Any, least: int) -> bool:
+def _numbers(values: Any, least: int) -> bool:
     return isinstance(values, list) and all(type(value) is int and least <= value < 1 << 40 for value in values)
 
 
-def _check_names(adapter: Adapter, base_shapes: Mapping[str, tuple[int, int]] | None) -> None:
+def _check_names(
+    config: AdapterConfig, shapes: Mapping[str, tuple[int, ...]], base_shapes: Mapping[str, tuple[int, int]] | None
+) -> None:
     """The most important check of all: PEFT would write any further tensor over the base's own weights."""
-    found = adapter.modules() if base_shapes is None else base_shapes
+    found = _modules(shapes) if base_shapes is None else base_shapes
     linears = (module for module in found if module.rpartition(".")[2] not in EMBEDDINGS)
-    targeted = {module for module in linears if adapter.config.targets(module)}
+    targeted = {module for module in linears if config.targets(module)}
     expected = {tensor_name(module, side) for module in targeted for side in "AB"}
-    names = set(adapter.tensors)
-    unused = [target for target in adapter.config.target_modules if not any(_names(target, m) for m in targeted)]
+    names = set(shapes)
+    unused = [target for target in config.target_modules if not any(_names(target, m) for m in targeted)]
     if names != expected or unused:
         extra, missing = sorted(names - expected), sorted(expected - names)
         example = (extra + missing + unused)[0]
@@ -364,10 +402,12 @@ def _check_names(adapter: Adapter, base_shapes: Mapping[str, tuple[int, int]] | 
         )
 
 
-def _check_shapes(adapter: Adapter, base_shapes: Mapping[str, tuple[int, int]] | None) -> None:
-    for module in adapter.modules():
-        a, b = (tensor.shape for tensor in adapter.pair(module))
-        rank = adapter.config.rank(module)
+def _check_shapes(
+    config: AdapterConfig, shapes: Mapping[str, tuple[int, ...]], base_shapes: Mapping[str, tuple[int, int]] | None
+) -> None:
+    for module in _modules(shapes):
+        a, b = (shapes[tensor_name(module, side)] for side in "AB")
+        rank = config.rank(module)
         out, into = base_shapes[module] if base_shapes else (b[0], a[-1])
         if a != (rank, into) or b != (out, rank):
             raise RefusedError(
@@ -378,24 +418,45 @@ def _check_shapes(adapter: Adapter, base_shapes: Mapping[str, tuple[int, int]] |
             )
 
 
-def _check_values(adapter: Adapter) -> None:
-    """Finite everywhere, and no module changed beyond what training ever does."""
-    for module in adapter.modules():
-        a, b = (tensor.float32() for tensor in adapter.pair(module))
-        if not (np.isfinite(a).all() and np.isfinite(b).all()):
-            raise RefusedError("ADAPTER_NOT_FINITE", f"the LoRA on {module!a} holds NaN or infinity")
-        rms = adapter.config.scale(module) * _product_norm(b, a) / math.sqrt(b.shape[0] * a.shape[1])
-        if not rms <= MAX_UPDATE_RMS:
+def _check_strength(config: AdapterConfig, shapes: Mapping[str, tuple[int, ...]], norms: Mapping[str, float]) -> None:
+    """No module is changed beyond what training ever does. The norm of B·A is at most that of B times that of A."""
+    for module in _modules(shapes):
+        a, b = (tensor_name(module, side) for side in "AB")
+        bound = config.scale(module) * norms[b] * norms[a] / math.sqrt(shapes[b][0] * shapes[a][1])
+        if not bound <= MAX_UPDATE_RMS:
             raise RefusedError(
                 "ADAPTER_TOO_STRONG",
                 f"the LoRA on {module!a} changes its module beyond reason",
-                expected=f"root mean square of scale·B·A at most {MAX_UPDATE_RMS:g}",
-                got=f"{rms:.3g}",
+                expected=f"scale·|B|·|A| per root of the module's size at most {MAX_UPDATE_RMS:g}",
+                got=f"{bound:.3g}",
             )
 
 
-def _product_norm(b: NDArray[np.float32], a: NDArray[np.float32]) -> float:
-    """Frobenius norm of B·A without forming it: trace((BᵀB)(AAᵀ))."""
-    b64, a64 = b.astype(np.float64), a.astype(np.float64)
-    with np.errstate(over="ignore", invalid="ignore"):
-        return math.sqrt(max(0.0, float(np.sum((b64.T @ b64) * (a64 @ a64.T)))))
+def _modules(names: Collection[str]) -> tuple[str, ...]:
+    return tuple(sorted({module_of(name) for name in names}))
+
+
+def _read_norm(stream: Readable, layout: _Layout) -> float:
+    """Read the next tensor in pieces: its Frobenius norm, if every value is finite."""
+    remaining, squares = layout.end - layout.begin, 0.0
+    while remaining:
+        piece = stream.read(min(remaining, READ_CHUNK_BYTES))
+        if not piece or len(piece) % ITEM_BYTES[layout.dtype]:
+            _invalid("the data ended while it was read")
+        remaining -= len(piece)
+        values = _float32(layout.dtype, piece)
+        with np.errstate(over="ignore", invalid="ignore"):
+            square = float(values @ values)  # not finite if any value is not
+        if not math.isfinite(square) and not np.isfinite(values).all():
+            raise RefusedError("ADAPTER_NOT_FINITE", f"the tensor {layout.name!a} holds NaN or infinity")
+        squares += square
+    return math.sqrt(squares)
+
+
+def _float32(dtype: str, data: bytes | memoryview) -> NDArray[np.float32]:
+    """Stored values; bfloat16 is float32 without its lower half."""
+    if dtype == "BF16":
+        bits = np.frombuffer(data, dtype="<u2").astype(np.uint32)
+        bits <<= 16
+        return bits.view(np.float32)
+    return np.frombuffer(data, dtype="<f4" if dtype == "F32" else "<f2").astype(np.float32, copy=False)

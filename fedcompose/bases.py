@@ -19,13 +19,25 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
+from typing import Any
 
 from fedcompose.errors import ConfigError, MissingError, RefusedError
-from fedcompose.files import READ_CHUNK_BYTES, dir_hash, new_folder, read_json, sha256_file
+from fedcompose.files import (
+    READ_CHUNK_BYTES,
+    dir_hash,
+    new_folder,
+    parse_json,
+    read_json,
+    read_limited,
+    sha256_file,
+)
 
 # What loading a base reads, and so what its digest covers: a README must not make two sites disagree.
 MODEL_FILES = ("*.safetensors", "*.json", "*.jinja", "*.txt", "tokenizer.model")
 MAX_LICENCE_BYTES = 64 << 10
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
+MAX_TOKENIZER_BYTES = 64 << 20  # vocabularies of 256,000 tokens take 33 MB
+MIN_TOKEN_CHARS = 3  # `<s>`; some bases name a plain "!" as their padding, which any text may hold
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
@@ -118,6 +130,22 @@ def base_shapes(base: Base) -> Mapping[str, tuple[int, int]]:
     }
 
 
+def control_tokens(base: Base) -> frozenset[str]:
+    """Every text that the base's tokenizer takes for a control token, wherever it stands in a prompt.
+
+    Raises: RefusedError: `JSON_INVALID`, `FILE_TOO_LARGE`.
+    """
+    tokenizer, settings, special = (_tokenizer_file(base, name) for name in TOKENIZER_FILES)
+    decoder = settings.get("added_tokens_decoder")
+    listed = [*_items(tokenizer.get("added_tokens")), *_items(decoder)]
+    found = {each.get("content") for each in listed if isinstance(each, dict) and each.get("special") is True}
+    for document in (settings, special):
+        for name, value in document.items():
+            if name.endswith(("_token", "_special_tokens")):
+                found |= {each.get("content") if isinstance(each, dict) else each for each in _items(value)}
+    return frozenset(each for each in found if isinstance(each, str) and len(each) >= MIN_TOKEN_CHARS)
+
+
 def describe_base(base: Base) -> BaseCard:
     config = read_json(base.path / "config.json")
     text = config.get("text_config", config)
@@ -185,6 +213,22 @@ def _tensor_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
         except SafetensorError as error:
             raise ConfigError("BASE_UNUSABLE", f"{path} is not a safetensors file", got=str(error)) from error
     return shapes
+
+
+def _tokenizer_file(base: Base, name: str) -> dict[str, Any]:
+    path = base.path / name
+    if not path.exists():
+        return {}
+    data = read_limited(path.resolve(), MAX_TOKENIZER_BYTES)  # a hub snapshot is made of links
+    document = parse_json(data, name, MAX_TOKENIZER_BYTES)
+    return document if isinstance(document, dict) else {}
+
+
+def _items(value: Any) -> list[Any]:
+    """The members of a list or of an object that stands for one; anything else alone."""
+    if isinstance(value, dict) and "content" not in value:
+        return list(value.values())
+    return value if isinstance(value, list) else [value]
 
 
 def _licence_of(base: Base) -> str:

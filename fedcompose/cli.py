@@ -18,6 +18,7 @@ import typer
 import fedcompose
 from fedcompose.console import err, out, print_json
 from fedcompose.errors import ConfigError, FedcomposeError, MissingError
+from fedcompose.explanations import EXPLANATIONS
 
 DEBUG = "FEDCOMPOSE_DEBUG"
 ROLES = ("client", "coordinator")
@@ -111,9 +112,12 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         status = app(args=arguments, standalone_mode=False, prog_name="fedcompose")
     except FedcomposeError as error:
+        meaning = EXPLANATIONS.get(error.code)
         if "--json" in arguments:
-            print_json({"error": error.as_dict()})
+            print_json({"error": error.as_dict() | {"means": meaning}})
         err.print(error.diagnostics(), markup=False, style="red")
+        if meaning is not None:
+            err.print(f"\n{meaning}", markup=False)
         sys.exit(error.exit_status)
     except click.ClickException as error:
         error.show()

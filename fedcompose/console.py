@@ -19,6 +19,7 @@ from rich.progress import (
 )
 from rich.table import Table
 
+NO_LIMIT = 10_000  # columns; a terminal breaks longer lines, and nothing is left out
 CONTROLS = ("uniform", "random_router", "attention_only", "best_single")
 LINE_EVERY_S = 5.0  # between two progress lines where there is no terminal
 
@@ -31,6 +32,11 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document in
 def print_json(value: Any) -> None:
     """One JSON document on stdout, and nothing else."""
     typer.echo(json.dumps(value, indent=2, sort_keys=True, allow_nan=False))
+
+
+def print_whole(table: Table) -> None:
+    """A table as wide as its content: paths and digests are there to be copied, so none is cut to fit."""
+    Console(highlight=False, soft_wrap=True, width=NO_LIMIT).print(table)
 
 
 def next_steps(*commands: str) -> None:

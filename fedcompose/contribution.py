@@ -6,27 +6,29 @@ Input: a folder that anybody may have written, and a federation file that is alr
 1. The folder holds exactly the files of its kind, each a regular file within its limit.
 2. `model.sig` has the one accepted shape; its hint names a key of an active site that counts at this time.
 3. The signature holds over the statement, and the statement lists exactly the folder's other files.
-4. Every file is read once; its bytes have the signed digest, and these same bytes are parsed below.
+4. Every file is read once; its bytes have the signed digest, and these same bytes are parsed. (Weights are
+   hashed and checked piece by piece, in 6; if their digest is wrong, that is what counts.)
 5. The provenance speaks of these files, this federation, the signer's own site and domain, a base of the
-   federation, and has not expired.
+   federation, has not expired and does not come from the future.
 6. The adapter, or every trace, is acceptable.
 
-Nothing is written, and no tensor library is loaded.
+Nothing is written, no tensor library is loaded, and large weights take no more memory than small ones.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Literal
 
-from fedcompose.adapter import CONFIG_FILE, MAX_WEIGHTS_BYTES, WEIGHTS_FILE, parse_adapter
+from fedcompose.adapter import CONFIG_FILE, MAX_WEIGHTS_BYTES, WEIGHTS_FILE, AdapterConfig, check_adapter
 from fedcompose.errors import RefusedError
 from fedcompose.federation import Federation, Site, format_time
 from fedcompose.files import MAX_JSON_BYTES, dir_hash, sha256_hex
-from fedcompose.folder import Limits, check_names, list_files, read_file
+from fedcompose.folder import HashedFile, Limits, check_names, list_files, open_hashed, read_file
 from fedcompose.provenance import PROVENANCE_FILE, BaseReference, Provenance, parse_provenance
 from fedcompose.signing import SIGNATURE_FILE, SignedFiles, read_hint, verify_files
 from fedcompose.traces import MAX_TRACES_BYTES, PRIVATE_CLASSES, TRACES_FILE, Trace, decode
@@ -50,6 +52,7 @@ REQUIRED: Mapping[Kind, Limits] = {
     },
 }
 OPTIONAL: Mapping[Kind, Limits] = {"adapter": {README_FILE: MAX_README_BYTES}, "traces": {}}
+CLOCK_SKEW = timedelta(minutes=5)  # how far a signer's clock may be ahead of ours
 
 
 @dataclass(frozen=True)
@@ -102,16 +105,20 @@ def verify_contribution(
     Raises: RefusedError: with the code of the first check that failed.
     """
     folder = received.path
-    names = list_files(folder)
+    names = list_files(folder)  # 1
     kind = kind_of(names)
     check_names(names, REQUIRED[kind], OPTIONAL[kind])
-    site, signed = _verify_signature(folder, federation, now)
+    site, signed = _verify_signature(folder, federation, now)  # 2, 3
     check_listed(signed, names)
-    files = _read_signed(folder, kind, signed)
-    provenance = parse_provenance(files[PROVENANCE_FILE])
+    files = _read_signed(folder, kind, signed)  # 4
+    provenance = parse_provenance(files[PROVENANCE_FILE])  # 5
     check_subjects(provenance.subjects, signed.digests)
     check_claims(provenance, kind, site, federation, now)
-    _check_content(provenance, files, base_shapes)
+    if kind == "adapter":  # 6
+        config = check_signed_adapter(folder, "", files[CONFIG_FILE], signed.digests, base_shapes)
+        _check_summary(provenance, config)
+    else:
+        _check_traces(provenance, decode(files[TRACES_FILE]))
     return VerifiedContribution(
         path=folder,
         kind=kind,
@@ -167,7 +174,7 @@ def check_claims(claims: Provenance, kind: Kind, site: Site, federation: Federat
     """The signer may say this: its own site and domain, this federation, one of its bases, now.
 
     Raises: RefusedError: `PROVENANCE_KIND`, `FEDERATION_MISMATCH`, `SITE_MISMATCH`, `DOMAIN_MISMATCH`,
-        `NOT_PERMITTED`, `BASE_MISMATCH`, `CONTRIBUTION_EXPIRED`.
+        `NOT_PERMITTED`, `BASE_MISMATCH`, `CONTRIBUTION_EXPIRED`, `CONTRIBUTION_FROM_FUTURE`.
     """
     _same("PROVENANCE_KIND", "the provenance is of another kind than the folder", kind, claims.kind)
     check_federation(claims.federation, claims.federation_version, federation)
@@ -183,6 +190,14 @@ def check_claims(claims: Provenance, kind: Kind, site: Site, federation: Federat
             expected=f"before {format_time(claims.expires)}",
             got=format_time(now),
             fix="ask the site to contribute again, or check this machine's clock",
+        )
+    if claims.finished > now + CLOCK_SKEW:
+        raise RefusedError(
+            "CONTRIBUTION_FROM_FUTURE",
+            "the contribution claims to be made later than it was received",
+            expected=f"before {format_time(now)}",
+            got=format_time(claims.finished),
+            fix="check this machine's clock and the site's",
         )
 
 
@@ -217,8 +232,42 @@ def read_unchanged(folder: Path, name: str, max_bytes: int, digest: str) -> byte
     """
     data = read_file(folder, name, max_bytes)
     if sha256_hex(data) != digest:
-        raise RefusedError("FILE_CHANGED", f"{name} is not the file that was signed")
+        raise _changed(name)
     return data
+
+
+@contextmanager
+def open_unchanged(folder: Path, name: str, max_bytes: int, digest: str) -> Iterator[HashedFile]:
+    """A file that must have this SHA-256, for reading in pieces.
+
+    Raises: RefusedError: when the block ends, `FILE_CHANGED` if it has not, in place of whatever the block raised.
+    """
+    with open_hashed(folder, name, max_bytes) as file:
+        try:
+            yield file
+        finally:
+            if file.digest() != digest:
+                raise _changed(name)
+
+
+def check_signed_adapter(
+    folder: Path,
+    prefix: str,
+    config: bytes,
+    digests: Mapping[str, str],
+    base_shapes: Mapping[str, tuple[int, int]] | None,
+) -> AdapterConfig:
+    """Check a LoRA below `prefix` of a signed folder, whose configuration was read and compared already.
+
+    Raises: RefusedError: `FILE_CHANGED`, and all that `adapter.check_adapter` raises.
+    """
+    name = prefix + WEIGHTS_FILE
+    with open_unchanged(folder, name, MAX_WEIGHTS_BYTES, digests[name]) as weights:
+        return check_adapter(config, weights, weights.size, base_shapes)
+
+
+def _changed(name: str) -> RefusedError:
+    return RefusedError("FILE_CHANGED", f"{name} is not the file that was signed")
 
 
 def _verify_signature(folder: Path, federation: Federation, now: datetime) -> tuple[Site, SignedFiles]:
@@ -228,20 +277,16 @@ def _verify_signature(folder: Path, federation: Federation, now: datetime) -> tu
 
 
 def _read_signed(folder: Path, kind: Kind, signed: SignedFiles) -> dict[str, bytes]:
+    """Every file but the weights, which need not fit into memory."""
     limits = {**REQUIRED[kind], **OPTIONAL[kind]}
-    return {name: read_unchanged(folder, name, limits[name], digest) for name, digest in signed.digests.items()}
+    small = {name: digest for name, digest in signed.digests.items() if name != WEIGHTS_FILE}
+    return {name: read_unchanged(folder, name, limits[name], digest) for name, digest in small.items()}
 
 
-def _check_content(
-    claims: Provenance, files: Mapping[str, bytes], base_shapes: Mapping[str, tuple[int, int]] | None
-) -> None:
-    if claims.kind == "adapter":
-        config = parse_adapter(files[CONFIG_FILE], files[WEIGHTS_FILE], base_shapes).config
-        claimed = claims.lora and (claims.lora.r, claims.lora.alpha, set(claims.lora.targets))
-        if claimed != (config.r, config.lora_alpha, set(config.target_modules)):
-            raise RefusedError("PROVENANCE_CONTENT", "the provenance describes another LoRA than this one")
-    else:
-        _check_traces(claims, decode(files[TRACES_FILE]))
+def _check_summary(claims: Provenance, config: AdapterConfig) -> None:
+    claimed = claims.lora and (claims.lora.r, claims.lora.alpha, set(claims.lora.targets))
+    if claimed != (config.r, config.lora_alpha, set(config.target_modules)):
+        raise RefusedError("PROVENANCE_CONTENT", "the provenance describes another LoRA than this one")
 
 
 def _check_traces(claims: Provenance, traces: list[Trace]) -> None:

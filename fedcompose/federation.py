@@ -2,27 +2,24 @@
 
 `federation.json` is a DSSE envelope that the federation's roots sign. The rules, most of them TUF's:
 
-1. A file is accepted only if at least `threshold` of the roots that it lists signed it, and it has not
-expired. 2. Whose roots? At first those whose fingerprints a person gave; from then on the pinned ones: a
-newer version must be signed by as many of the pinned roots as the pinned version asked for, besides its own.
-3. Versions never go back, and one version has one content. 4. A public key appears once in the whole file,
-under its own fingerprint, so that no key counts twice.
+1. A file counts only if at least `threshold` of the roots that it lists signed it, and until it expires.
+2. Whose roots? At first those whose fingerprints a person gave; from then on those of the version that was accepted
+last: the next one must be signed by as many of *those* roots as that version asked for, besides its own.
+3. Versions never go back, one version has one content, and a key never changes its holder.
+4. A public key appears once in the whole file, under its own fingerprint, so that no key counts twice.
 
-Input and output are bytes, the clock is an argument, and the only file touched is this machine's
-`trust-state.json` (rules 2 and 3). Rotated roots, revoked keys and suspended sites are honoured; no command
-here writes them yet.
+This file holds the document and the rules: bytes in, a `Federation` out, the clock an argument, nothing on disk.
+`drafts.py` makes the next version, `trust_state.py` remembers what this machine accepted, and `revocations.py` is the
+short way to withdraw trust.
 """
 
 from __future__ import annotations
 
-import fcntl
-import os
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from datetime import UTC, datetime, timedelta
-from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 from pydantic import (
     AfterValidator,
@@ -36,14 +33,15 @@ from pydantic import (
     model_validator,
 )
 
-from fedcompose.errors import ConfigError, RefusedError
-from fedcompose.files import dump_json, parse_json, read_json, sha256_hex, write_json
-from fedcompose.keys import Enrolment, Identifier, public_key_bytes, read_enrolment
-from fedcompose.signing import Signer, keyid_of, read_envelope_unverified, sign_envelope, verify_envelope
+from fedcompose.errors import RefusedError
+from fedcompose.files import parse_json, sha256_hex
+from fedcompose.keys import Identifier, public_key_bytes
+from fedcompose.signing import keyid_of, read_envelope_unverified, verify_envelope
+
+if TYPE_CHECKING:
+    from fedcompose.revocations import Revocations, RevokedKey
 
 FEDERATION_TYPE = "application/vnd.fedcompose.federation.v1+json"
-KEY_VALIDITY = timedelta(days=365)
-FILE_VALIDITY = timedelta(days=90)
 
 _TIME = re.compile(r"\d{4}-\d{2}-\d{2}T\d{2}:\d{2}:\d{2}Z", re.ASCII)
 
@@ -77,13 +75,16 @@ Time = Annotated[AwareDatetime, BeforeValidator(_as_time), PlainSerializer(forma
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}\z")]
 FederationId = Annotated[str, Field(pattern=r"^urn:uuid:[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}\z")]
 Title = Annotated[str, Field(min_length=1, max_length=200), AfterValidator(_printable)]
+Reason = Literal["rotated", "compromised"]
 
 
-class _Document(BaseModel):
+class Document(BaseModel):
+    """Base of the documents that are read strictly: unknown fields are refused, values never change."""
+
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
 
-class Root(_Document):
+class Root(Document):
     """Someone whose signature, with enough others, makes a federation file."""
 
     keyid: Digest
@@ -91,14 +92,14 @@ class Root(_Document):
     public_key: str
 
 
-class Revocation(_Document):
+class Revocation(Document):
     """From `at` on the key is not believed; of a compromised key, doubt the older signatures too."""
 
     at: Time
-    reason: Literal["rotated", "compromised"]
+    reason: Reason
 
 
-class Key(_Document):
+class Key(Document):
     """A signing key and the time in which it counts."""
 
     keyid: Digest
@@ -111,14 +112,14 @@ class Key(_Document):
 Keys = Annotated[tuple[Key, ...], Field(strict=False)]  # JSON has lists where we want tuples
 
 
-class Coordinator(_Document):
+class Coordinator(Document):
     """Who may call, compose and release."""
 
     id: Identifier
     keys: Keys
 
 
-class Site(_Document):
+class Site(Document):
     """Who may contribute, in which domain, and what."""
 
     id: Identifier
@@ -128,26 +129,26 @@ class Site(_Document):
     keys: Keys
 
 
-class BaseModelEntry(_Document):
+class BaseModelEntry(Document):
     """A base that this federation builds on, by the digest of its files."""
 
     name: Title
     dir_hash: Digest = Field(alias="dirHash")
 
 
-class Policy(_Document):
+class Policy(Document):
     """The rules for contributions, by the digest of the document that holds them."""
 
     sha256: Digest
 
 
-class Federation(_Document):
+class Federation(Document):
     """One version of the federation file. Whether to believe it is for `verify_federation` to say."""
 
     schema_: Literal["fedcompose/federation/v1"] = Field(alias="schema")
     id: FederationId = Field(alias="federation")
     name: Title
-    version: Annotated[int, Field(ge=1)]
+    version: Annotated[int, Field(ge=1, lt=1 << 53)]  # beyond it JSON readers disagree about integers
     previous: Digest | None
     issued: Time
     expires: Time
@@ -206,97 +207,117 @@ class Federation(_Document):
         _check_counted(key, at, f"the key of coordinator {coordinator.id}")
         return coordinator, key
 
+    def doubts(self, keyid: str) -> str | None:
+        """A sentence about a key that was reported compromised: what it signed earlier counts, but look again."""
+        for holder, key in self._keys():
+            if key.keyid == keyid and key.revoked is not None and key.revoked.reason == "compromised":
+                return (
+                    f"the key {keyid[:12]} of {holder} is reported compromised since {format_time(key.revoked.at)}: "
+                    "what was received before that still counts, but ask its owner about it"
+                )
+        return None
 
-# --- making a version -----------------------------------------------------------------------------
-
-
-def create_federation(
-    name: str, root: Signer, root_name: str, bases: Mapping[str, str], federation_id: str, now: datetime
-) -> bytes:
-    """The first version of a federation file, signed by its one root. `bases` maps names to dirHashes.
-
-    Raises: ConfigError: `FEDERATION_INPUT`.
-    """
-    document = {
-        "schema": "fedcompose/federation/v1",
-        "federation": federation_id,
-        "name": name,
-        "version": 1,
-        "previous": None,
-        "issued": format_time(now),
-        "expires": format_time(now + FILE_VALIDITY),
-        "threshold": 1,
-        "roots": [{"keyid": root.keyid, "name": root_name, "public_key": root.public_pem.decode()}],
-        "coordinators": [],
-        "sites": [],
-        "base_models": [{"name": base, "dirHash": digest} for base, digest in bases.items()],
-        "policy": None,
-    }
-    return sign_federation(document, [root])
-
-
-def enrol(envelope: bytes, enrolment: bytes, root: Signer, now: datetime) -> bytes:
-    """The next version of a federation file, with the sender of `enrolment` in it, signed by `root`.
-
-    An expired file can be continued: the root's own signature is on it.
-
-    Raises: RefusedError: when either document fails its checks. ConfigError: `ENROLMENT_ROLE`,
-        `FEDERATION_SIGNERS` (not a root that signed, or too few), `FEDERATION_INPUT` (say, an id or key
-        already in use).
-    """
-    payload, federation, signed = _open(envelope)
-    if root.keyid not in signed:
-        raise ConfigError("FEDERATION_SIGNERS", "that key did not sign this federation file", got=f"key {root.keyid}")
-    document = federation.model_dump(mode="json", by_alias=True) | {
-        "version": federation.version + 1,
-        "previous": sha256_hex(payload),
-        "issued": format_time(now),
-        "expires": format_time(now + FILE_VALIDITY),
-    }
-    _add_member(document, read_enrolment(enrolment), now)
-    return sign_federation(document, [root])
-
-
-def sign_federation(document: Mapping[str, Any], roots: Sequence[Signer]) -> bytes:
-    """The federation file that holds `document`.
-
-    Raises: ConfigError: `FEDERATION_INPUT`, `FEDERATION_SIGNERS`.
-    """
-    try:
-        federation = Federation.model_validate(document)
-    except ValidationError as error:
-        reason = _first_problem(error)
-        raise ConfigError("FEDERATION_INPUT", "that would not be a valid federation file", got=reason) from error
-    if len({root.keyid for root in roots} & {root.keyid for root in federation.roots}) < federation.threshold:
-        raise ConfigError("FEDERATION_SIGNERS", "too few roots sign", expected=f"{federation.threshold} of its roots")
-    return sign_envelope(dump_json(federation.model_dump(mode="json", by_alias=True)), FEDERATION_TYPE, roots)
-
-
-def _add_member(document: dict[str, Any], enrolment: Enrolment, now: datetime) -> None:
-    """List the sender. Its key counts from the start of the day, so that clocks may differ a little."""
-    start = now.astimezone(UTC).replace(hour=0, minute=0, second=0, microsecond=0)
-    key = {
-        "keyid": keyid_of(enrolment.public_key.encode()),
-        "public_key": enrolment.public_key,
-        "not_before": format_time(start),
-        "not_after": format_time(start + KEY_VALIDITY),
-        "revoked": None,
-    }
-    if enrolment.role == "site":
-        site = {
-            "id": enrolment.id,
-            "domain": enrolment.domain,
-            "status": "active",
-            "may": ["adapter", "traces"],
+    def with_revocations(self, revocations: Revocations) -> Federation:
+        """The same federation with the keys revoked that the list names as well."""
+        listed = {entry.keyid: entry for entry in revocations.keys}
+        if not listed.keys() & {key.keyid for _, key in self._keys()}:
+            return self
+        changes = {
+            "sites": tuple(_revoke(site, listed) for site in self.sites),
+            "coordinators": tuple(_revoke(coordinator, listed) for coordinator in self.coordinators),
         }
-        document["sites"].append(site | {"keys": [key]})
-    elif enrolment.role == "coordinator":
-        document["coordinators"].append({"id": enrolment.id, "keys": [key]})
-    else:
-        raise ConfigError("ENROLMENT_ROLE", "a root is named when a federation begins, not enrolled afterwards")
+        return self.model_copy(update=changes)
+
+    def _keys(self) -> Iterator[tuple[str, Key]]:
+        yield from ((f"coordinator {each.id}", key) for each in self.coordinators for key in each.keys)
+        yield from ((f"site {each.id}", key) for each in self.sites for key in each.keys)
 
 
 # --- believing a version --------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class OpenedFile:
+    """A federation file that agrees with itself, and which known roots signed it: perhaps too few, as in a draft."""
+
+    federation: Federation
+    sha256: str  # of the signed document, which is what `previous` in the next version names
+    signed: frozenset[str]
+
+    @property
+    def own_signed(self) -> frozenset[str]:
+        """Those of the file's own roots that signed it."""
+        return self.signed & {root.keyid for root in self.federation.roots}
+
+
+class AcceptedVersion(Document):
+    """A version of a federation file, by what was signed."""
+
+    version: Annotated[int, Field(ge=1)]
+    sha256: Digest
+
+
+class Pin(AcceptedVersion):
+    """What a machine remembers of the version that it accepted last: enough to judge the next one."""
+
+    roots: Annotated[tuple[Digest, ...], Field(strict=False)]
+    threshold: Annotated[int, Field(ge=1)]
+
+
+def pin_of(opened: OpenedFile) -> Pin:
+    """What to remember of a file that was accepted."""
+    federation = opened.federation
+    return Pin(
+        version=federation.version,
+        sha256=opened.sha256,
+        roots=tuple(root.keyid for root in federation.roots),
+        threshold=federation.threshold,
+    )
+
+
+def open_federation(envelope: bytes, older: Federation | None = None) -> OpenedFile:
+    """What the file says, and which of its own roots and of the roots of `older` signed it. Believe nothing yet.
+
+    Raises: RefusedError: `FEDERATION_INVALID`, or an `ENVELOPE_*` or `KEY_UNUSABLE` code.
+    """
+    payload = read_envelope_unverified(envelope, FEDERATION_TYPE)
+    federation = _parse(payload)
+    roots = [*federation.roots, *(older.roots if older else ())]
+    keys = {root.keyid: root.public_key.encode() for root in roots}
+    signed = verify_envelope(envelope, FEDERATION_TYPE, keys).keyids
+    return OpenedFile(federation, sha256_hex(payload), signed)
+
+
+def claimed_federation(envelope: bytes) -> str:
+    """The id of the federation that a file says it is of: to look up what is known of it, nothing more.
+
+    Raises: RefusedError: `FEDERATION_INVALID` or an `ENVELOPE_*` code.
+    """
+    return _parse(read_envelope_unverified(envelope, FEDERATION_TYPE)).id
+
+
+def _parse(payload: bytes) -> Federation:
+    try:
+        return Federation.model_validate(parse_json(payload, "the federation file"))
+    except ValidationError as error:
+        reason = first_problem(error)
+        raise RefusedError("FEDERATION_INVALID", "not a federation file of this version", got=reason) from error
+
+
+def check_threshold(opened: OpenedFile) -> None:
+    """As many of the file's own roots signed it as it asks for.
+
+    Raises: RefusedError: `FEDERATION_THRESHOLD`.
+    """
+    federation = opened.federation
+    if len(opened.own_signed) < federation.threshold:
+        raise RefusedError(
+            "FEDERATION_THRESHOLD",
+            "too few roots signed this federation file",
+            expected=f"{federation.threshold} of its {len(federation.roots)} roots",
+            got=f"{len(opened.own_signed)}",
+            fix="it is a draft: have another root sign it, fedcompose federation sign --help",
+        )
 
 
 def read_federation(envelope: bytes) -> tuple[Federation, frozenset[str]]:
@@ -305,8 +326,9 @@ def read_federation(envelope: bytes) -> tuple[Federation, frozenset[str]]:
     Raises: RefusedError: `FEDERATION_INVALID`, `FEDERATION_THRESHOLD`, or an `ENVELOPE_*` or `KEY_UNUSABLE`
     code.
     """
-    _, federation, signed = _open(envelope)
-    return federation, signed
+    opened = open_federation(envelope)
+    check_threshold(opened)
+    return opened.federation, opened.signed
 
 
 def verify_federation(envelope: bytes, *, root_fingerprints: Collection[str], now: datetime) -> Federation:
@@ -318,86 +340,42 @@ def verify_federation(envelope: bytes, *, root_fingerprints: Collection[str], no
 
     Raises: RefusedError: `TRUST_ROOT_UNKNOWN`, `FEDERATION_EXPIRED`, and all that `read_federation` raises.
     """
-    _, federation, signed = _open(envelope)
-    _check_given(federation, signed, root_fingerprints)
-    _check_current(federation, now)
-    return federation
+    opened = open_federation(envelope)
+    check_threshold(opened)
+    check_given(opened, root_fingerprints)
+    check_current(opened.federation, now)
+    return opened.federation
 
 
-def trusted_federation(envelope: bytes, root_fingerprints: Collection[str] | None, now: datetime) -> Federation:
-    """The federation file, checked against what this machine has pinned, and then pinned itself.
+def check_given(opened: OpenedFile, given: Collection[str]) -> None:
+    """The roots that a person named signed this file, and they are as many as it asks for.
 
-    The first time a person must give fingerprints, got from the roots in some other way than with the file.
-    From then on the pinned roots decide; fingerprints that are given nevertheless must hold as well.
-
-    Raises: RefusedError: `FEDERATION_ROLLBACK` (a newer version was seen before), `FEDERATION_FORK` (this
-        version was seen with another content), and all that `verify_federation` raises. ConfigError:
-        `TRUST_STATE_INVALID`.
+    Raises: RefusedError: `TRUST_ROOT_UNKNOWN`.
     """
-    payload, federation, signed = _open(envelope)
-    with _trust_state() as pins:
-        pin = pins.get(federation.id)
-        if pin is None and not root_fingerprints:
-            raise RefusedError(
-                "TRUST_ROOT_UNKNOWN",
-                f"nothing on this machine says whether to trust federation {federation.name!a}",
-                fix="ask its roots for their fingerprints, by phone or in person, and give them once: "
-                "--root-fingerprint FINGERPRINT",
-            )
-        if root_fingerprints:
-            _check_given(federation, signed, root_fingerprints)
-        if pin is not None:
-            _check_pin(pin, federation, signed, sha256_hex(payload))
-        _check_current(federation, now)
-        pins[federation.id] = Pin(
-            roots=tuple(root.keyid for root in federation.roots),
-            threshold=federation.threshold,
-            version=federation.version,
-            sha256=sha256_hex(payload),
-        )
-    return federation
-
-
-def _open(envelope: bytes) -> tuple[bytes, Federation, frozenset[str]]:
-    """The payload, what it says, and which of its own roots signed it: at least its threshold."""
-    payload = read_envelope_unverified(envelope, FEDERATION_TYPE)
-    try:
-        federation = Federation.model_validate(parse_json(payload, "the federation file"))
-    except ValidationError as error:
-        reason = _first_problem(error)
-        raise RefusedError("FEDERATION_INVALID", "not a federation file of this version", got=reason) from error
-    roots = {root.keyid: root.public_key.encode() for root in federation.roots}
-    signed = verify_envelope(envelope, FEDERATION_TYPE, roots).keyids
-    if len(signed) < federation.threshold:
-        raise RefusedError(
-            "FEDERATION_THRESHOLD",
-            "too few roots signed this federation file",
-            expected=f"{federation.threshold} of its {len(roots)} roots",
-            got=f"{len(signed)}",
-        )
-    return payload, federation, signed
-
-
-def _check_given(federation: Federation, signed: frozenset[str], given: Collection[str]) -> None:
-    strangers = sorted(set(given) - signed)
+    strangers = sorted(set(given) - opened.own_signed)
     if strangers:
         raise RefusedError(
             "TRUST_ROOT_UNKNOWN",
             "a root that you named did not sign this federation file",
             expected=f"a signature by {strangers[0]!a}",
-            got=f"signatures by {', '.join(sorted(signed))}",
+            got=f"signatures by {', '.join(sorted(opened.own_signed))}",
             fix="do not trust this file; compare fingerprints with the roots, by phone or in person",
         )
-    if len(set(given)) < federation.threshold:
+    if len(set(given)) < opened.federation.threshold:
         raise RefusedError(
             "TRUST_ROOT_UNKNOWN",
             "too few of this federation's roots are known here",
-            expected=f"the fingerprints of {federation.threshold} roots",
+            expected=f"the fingerprints of {opened.federation.threshold} roots",
             got=f"{len(set(given))}",
+            fix="ask that many roots for their fingerprints, and give each: --root-fingerprint FINGERPRINT",
         )
 
 
-def _check_current(federation: Federation, now: datetime) -> None:
+def check_current(federation: Federation, now: datetime) -> None:
+    """An old file that somebody keeps showing stops counting by itself.
+
+    Raises: RefusedError: `FEDERATION_EXPIRED`.
+    """
     if now >= federation.expires:
         raise RefusedError(
             "FEDERATION_EXPIRED",
@@ -408,32 +386,12 @@ def _check_current(federation: Federation, now: datetime) -> None:
         )
 
 
-# --- what this machine remembers ------------------------------------------------------------------
+def check_order(opened: OpenedFile, pin: AcceptedVersion) -> None:
+    """The file is the accepted version or a later one.
 
-
-class Pin(_Document):
-    """What was last believed of one federation."""
-
-    roots: Annotated[tuple[Digest, ...], Field(strict=False)]
-    threshold: Annotated[int, Field(ge=1)]
-    version: Annotated[int, Field(ge=1)]
-    sha256: Digest
-
-
-class _TrustState(_Document):
-    schema_: Literal["fedcompose/trust-state/v1"] = Field(alias="schema")
-    federations: dict[FederationId, Pin]
-
-
-def pinned(federation_id: str) -> Pin | None:
-    """What this machine last believed of a federation, if anything.
-
-    Raises: ConfigError: `TRUST_STATE_INVALID`.
+    Raises: RefusedError: `FEDERATION_ROLLBACK`, `FEDERATION_FORK`.
     """
-    return _read_trust_state(_trust_state_path()).get(federation_id)
-
-
-def _check_pin(pin: Pin, federation: Federation, signed: frozenset[str], sha256: str) -> None:
+    federation = opened.federation
     if federation.version < pin.version:
         raise RefusedError(
             "FEDERATION_ROLLBACK",
@@ -442,7 +400,7 @@ def _check_pin(pin: Pin, federation: Federation, signed: frozenset[str], sha256:
             got=f"version {federation.version}",
             fix="ask for the current file",
         )
-    if federation.version == pin.version and sha256 != pin.sha256:
+    if federation.version == pin.version and opened.sha256 != pin.sha256:
         raise RefusedError(
             "FEDERATION_FORK",
             f"there are two federation files of version {pin.version}",
@@ -450,44 +408,45 @@ def _check_pin(pin: Pin, federation: Federation, signed: frozenset[str], sha256:
         )
     if federation.version == pin.version + 1 and federation.previous != pin.sha256:
         raise RefusedError("FEDERATION_FORK", f"this file does not follow the version {pin.version} seen before")
-    if len(signed & set(pin.roots)) < pin.threshold:
+
+
+def check_roots(opened: OpenedFile, pin: Pin) -> None:
+    """As many of the roots accepted before signed the file as the version accepted before asks for.
+
+    Raises: RefusedError: `TRUST_ROOT_UNKNOWN`.
+    """
+    known = opened.signed & set(pin.roots)
+    if len(known) < pin.threshold:
         raise RefusedError(
             "TRUST_ROOT_UNKNOWN",
             "too few of the roots that this machine trusts signed the new federation file",
             expected=f"{pin.threshold} of {', '.join(pin.roots)}",
+            got=f"{len(known)}",
         )
 
 
-@contextmanager
-def _trust_state() -> Iterator[dict[str, Pin]]:
-    """The pins by federation id; what the block changes is written if it ends well. One process at a time."""
-    path = _trust_state_path()
-    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    with path.with_suffix(".lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        before = _read_trust_state(path)
-        pins = dict(before)
-        yield pins
-        if pins != before:
-            state = _TrustState(schema="fedcompose/trust-state/v1", federations=pins)
-            write_json(path, state.model_dump(mode="json", by_alias=True))
+def check_holders(newer: Federation, older: Federation) -> None:
+    """No key changes its holder: who had it enrolled proved to hold it, under one name and in one role.
+
+    Raises: RefusedError: `FEDERATION_KEY_MOVED`.
+    """
+    before = holders(older)
+    for keyid, holder in holders(newer).items():
+        if before.get(keyid, holder) != holder:
+            raise RefusedError(
+                "FEDERATION_KEY_MOVED",
+                "a key was given to another holder",
+                expected=f"key {keyid} to stay with {before[keyid]}",
+                got=holder,
+                fix="do not trust this file until the roots have explained it",
+            )
 
 
-def _trust_state_path() -> Path:
-    return Path(os.environ.get("FEDCOMPOSE_HOME") or Path.home() / ".fedcompose") / "trust-state.json"
-
-
-def _read_trust_state(path: Path) -> dict[str, Pin]:
-    if not path.exists():
-        return {}
-    try:
-        return _TrustState.model_validate(read_json(path)).federations
-    except (ValidationError, RefusedError) as error:
-        raise ConfigError(
-            "TRUST_STATE_INVALID",
-            f"{path} cannot be read",
-            fix="restore it from a backup; or delete it, and give --root-fingerprint again",
-        ) from error
+def holders(federation: Federation) -> dict[str, str]:
+    """Who holds each key, as `site site-a`, by fingerprint."""
+    found = {root.keyid: "root" for root in federation.roots}
+    found |= {key.keyid: f"coordinator {each.id}" for each in federation.coordinators for key in each.keys}
+    return found | {key.keyid: f"site {each.id}" for each in federation.sites for key in each.keys}
 
 
 # --- checks ---------------------------------------------------------------------------------------
@@ -517,9 +476,39 @@ def _check_counted(key: Key, at: datetime, whose: str) -> None:
             got=format_time(at),
             fix="check this machine's clock, or have a new key enrolled",
         )
-    if key.revoked is not None and at >= key.revoked.at:
-        since = format_time(key.revoked.at)
-        raise RefusedError("KEY_REVOKED", f"{whose} is revoked ({key.revoked.reason}) since {since}")
+    if key.revoked is not None:
+        check_not_revoked(key.revoked, at, whose)
+
+
+def check_not_revoked(revoked: Revocation, at: datetime, whose: str) -> None:
+    """Raises: RefusedError: `KEY_REVOKED`."""
+    if at < revoked.at:
+        return
+    why = "another key took its place" if revoked.reason == "rotated" else "somebody else may hold it"
+    raise RefusedError(
+        "KEY_REVOKED",
+        f"{whose} is revoked ({revoked.reason}): {why}",
+        expected=f"a time before {format_time(revoked.at)}",
+        got=format_time(at),
+        fix="ask its owner to sign with the key that counts now",
+    )
+
+
+def worse_of(one: Revocation, other: Revocation) -> Revocation:
+    """What holds if both are said: from the earlier time on, and compromised if either says so."""
+    reason: Reason = "compromised" if "compromised" in (one.reason, other.reason) else "rotated"
+    return Revocation(at=min(one.at, other.at), reason=reason)
+
+
+def _revoke(member: Member, listed: Mapping[str, RevokedKey]) -> Member:
+    """The member with its listed keys revoked."""
+    keys = []
+    for key in member.keys:
+        entry = listed.get(key.keyid)
+        if entry is not None:
+            key = key.model_copy(update={"revoked": worse_of(entry, key.revoked or entry)})
+        keys.append(key)
+    return member.model_copy(update={"keys": tuple(keys)})
 
 
 def _check_unique(what: str, names: Sequence[str]) -> None:
@@ -533,7 +522,7 @@ def _check_keys(keys: Sequence[Root | Key]) -> None:
         raise ValueError("a fingerprint is not that of its key")
 
 
-def _first_problem(error: ValidationError) -> str:
+def first_problem(error: ValidationError) -> str:
     """Where and why, without the value; the place may be a stranger's text, so it is escaped and short."""
     problem = error.errors(include_input=False)[0]
     place = ".".join(str(part) for part in problem["loc"])

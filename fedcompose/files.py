@@ -12,6 +12,7 @@ import json
 import math
 import os
 import shutil
+import stat
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -54,11 +55,14 @@ def folder_digests(folder: Path) -> dict[str, str]:
 def read_limited(path: Path, max_bytes: int) -> bytes:
     """The bytes of a regular file that is not a link, or a refusal when it is larger than `max_bytes`."""
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError as error:
         if error.errno == errno.ELOOP:
             raise RefusedError("FILE_NOT_REGULAR", f"{path.name!a} is a symbolic link") from error
         raise ConfigError("FILE_UNREADABLE", f"cannot read {path}", got=error.strerror) from error
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):  # a FIFO would keep us waiting, and a folder has no bytes
+        os.close(descriptor)
+        raise RefusedError("FILE_NOT_REGULAR", f"{path.name!a} is not a regular file")
     with os.fdopen(descriptor, "rb") as stream:
         data = stream.read(max_bytes + 1)
     if len(data) > max_bytes:
@@ -66,8 +70,8 @@ def read_limited(path: Path, max_bytes: int) -> bytes:
     return data
 
 
-def parse_json(data: bytes, what: str) -> Any:
-    """Strict JSON: UTF-8 without BOM, no duplicate keys, no NaN, bounded size and depth.
+def parse_json(data: bytes, what: str, max_bytes: int = MAX_JSON_BYTES) -> Any:
+    """Strict JSON: UTF-8 without BOM, no duplicate keys, no NaN, no half characters, bounded size and depth.
 
     Raises: RefusedError: `JSON_INVALID`.
     """
@@ -85,11 +89,12 @@ def parse_json(data: bytes, what: str) -> Any:
             refuse("a key appears twice")
         return keys
 
-    if len(data) > MAX_JSON_BYTES:
-        refuse(f"more than {MAX_JSON_BYTES} bytes")
+    if len(data) > max_bytes:
+        refuse(f"more than {max_bytes} bytes")
     try:
+        text = data.decode("utf-8")
         value = json.loads(
-            data.decode("utf-8"),
+            text,
             object_pairs_hook=unique,
             parse_float=finite,
             parse_constant=lambda name: refuse(f"the number {name}"),
@@ -98,6 +103,8 @@ def parse_json(data: bytes, what: str) -> Any:
         refuse(type(error).__name__)
     if _depth(value) > MAX_JSON_DEPTH:
         refuse(f"nested deeper than {MAX_JSON_DEPTH}")
+    if "\\u" in text and not _is_text(value):
+        refuse("half a character, which no encoding can write")
     return value
 
 
@@ -180,6 +187,15 @@ def _disk_full(path: Path) -> MissingError:
         f"no space left while writing {path}",
         fix="free some space and run the command again; what was finished is kept",
     )
+
+
+def _is_text(value: Any) -> bool:
+    """Whether every string inside can be encoded; the escape for half of a pair of code units cannot."""
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _depth(value: Any) -> int:

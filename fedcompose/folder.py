@@ -73,9 +73,41 @@ def read_file(folder: Path, name: str, max_bytes: int) -> bytes:
     return data
 
 
+class HashedFile:
+    """An open file that hashes every byte as it is read: what was hashed is what was used, in one pass."""
+
+    def __init__(self, stream: BinaryIO, name: str, max_bytes: int) -> None:
+        self.size = os.fstat(stream.fileno()).st_size
+        self._stream, self._name, self._max_bytes = stream, name, max_bytes
+        self._hash, self._seen = hashlib.sha256(), 0
+
+    def read(self, size: int, /) -> bytes:
+        """The next `size` bytes, fewer only at the end. Raises: RefusedError: `FILE_TOO_LARGE`."""
+        data = self._stream.read(size)
+        self._seen += len(data)
+        if self._seen > self._max_bytes:
+            _too_large(self._name, self._max_bytes)
+        self._hash.update(data)
+        return data
+
+    def digest(self) -> str:
+        """SHA-256 of the whole file; what was not read yet is read now. Raises: as `read`."""
+        while self.read(READ_CHUNK_BYTES):
+            pass
+        return self._hash.hexdigest()
+
+
+@contextmanager
+def open_hashed(folder: Path, name: str, max_bytes: int) -> Iterator[HashedFile]:
+    """Open one file that need not fit into memory. Raises: as `read_file`."""
+    with _open_file(folder, name) as stream:
+        yield HashedFile(stream, name, max_bytes)
+
+
 def hash_file(folder: Path, name: str, max_bytes: int) -> str:
     """SHA-256 of one file that need not fit into memory. Raises: as `read_file`."""
-    return _stream(folder, name, max_bytes, None)
+    with open_hashed(folder, name, max_bytes) as file:
+        return file.digest()
 
 
 def copy_file(folder: Path, name: str, max_bytes: int, target: Path, mode: int = 0o400) -> str:
@@ -85,24 +117,12 @@ def copy_file(folder: Path, name: str, max_bytes: int, target: Path, mode: int =
     """
     with disk_errors(target):
         descriptor = os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
-        with os.fdopen(descriptor, "wb") as copy:
-            digest = _stream(folder, name, max_bytes, copy)
+        with os.fdopen(descriptor, "wb") as copy, open_hashed(folder, name, max_bytes) as file:
+            while chunk := file.read(READ_CHUNK_BYTES):
+                copy.write(chunk)
             copy.flush()
             os.fsync(descriptor)
-    return digest
-
-
-def _stream(folder: Path, name: str, max_bytes: int, copy: BinaryIO | None) -> str:
-    digest, seen = hashlib.sha256(), 0
-    with _open_file(folder, name) as stream:
-        while chunk := stream.read(READ_CHUNK_BYTES):
-            seen += len(chunk)
-            if seen > max_bytes:
-                _too_large(name, max_bytes)
-            digest.update(chunk)
-            if copy is not None:
-                copy.write(chunk)
-    return digest.hexdigest()
+            return file.digest()
 
 
 def _walk(descriptor: int, prefix: str, depth: int) -> Iterator[tuple[str, os.stat_result]]:
@@ -119,11 +139,19 @@ def _walk(descriptor: int, prefix: str, depth: int) -> Iterator[tuple[str, os.st
         elif depth >= MAX_DEPTH:
             raise RefusedError("FILE_UNEXPECTED", f"the folder {path[:128]!a} does not belong here")
         else:
-            inner = os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=descriptor)
+            inner = _open_inside(name, path, descriptor)
             try:
                 yield from _walk(inner, f"{path}/", depth + 1)
             finally:
                 os.close(inner)
+
+
+def _open_inside(name: str, path: str, descriptor: int) -> int:
+    """A folder in an open folder; it may have become something else since it was looked at."""
+    try:
+        return os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=descriptor)
+    except OSError as error:
+        raise RefusedError("FILE_CHANGED", f"the folder {path[:128]!a} cannot be opened", got=error.strerror) from error
 
 
 def _stat(name: str, path: str, descriptor: int) -> os.stat_result:

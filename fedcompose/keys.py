@@ -2,7 +2,9 @@
 
 Input: an identity (`site-a`, a site) and a passphrase. Output: three files, `site-a.key` (private, stays
 here), `site-a.pub` and `site-a.enroll.json` (both to be handed to whoever keeps the federation file). The
-enrolment is signed with the new key, which proves that whoever asks to be enrolled holds it.
+enrolment is signed with the new key, which proves that whoever asks to be enrolled holds it; one that takes over from
+an older key is signed with that key as well. For a key that another program holds (`signers.py`) there are the last
+two files only.
 
 A protected key is PKCS#8 with scrypt and AES-256. `cryptography` reads that form but writes only PBKDF2 with
 2,048 rounds, which is too few, so the lines that write it are here. Signing keys serve no other purpose:
@@ -19,6 +21,7 @@ import stat
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import count
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -31,7 +34,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from fedcompose.errors import ConfigError, RefusedError
 from fedcompose.files import disk_errors, dump_json, parse_json, write_atomic
+from fedcompose.signers import outside_signer
 from fedcompose.signing import (
+    Signer,
     keyid_of,
     load_public_key,
     public_pem_of,
@@ -51,6 +56,7 @@ MAX_KEY_FILE_BYTES = 16_384
 MAX_PASSPHRASE_BYTES = 1024
 
 Role = Literal["site", "coordinator", "root"]
+Keyid = Annotated[str, Field(pattern=r"^[0-9a-f]{64}\z")]
 # Names of sites, coordinators, roots and domains end up in file names and on terminals.
 Identifier = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]{0,62}\z")]
 
@@ -65,6 +71,7 @@ class Enrolment(BaseModel):
     role: Role
     domain: Identifier | None = None
     public_key: str
+    replaces: Keyid | None = None  # the key that this one takes over from; its holder signed the enrolment too
 
     @model_validator(mode="after")
     def _only_sites_have_a_domain(self) -> Enrolment:
@@ -97,29 +104,62 @@ class NewKey:
     enrolment: Path
 
 
-def new_key(folder: Path, holder: str, role: Role, domain: str | None, passphrase: bytes | None) -> NewKey:
+def new_key(
+    folder: Path, holder: str, role: Role, domain: str | None, passphrase: bytes | None, old: Signer | None = None
+) -> NewKey:
     """Make a key for `holder` in `folder`; without a passphrase only the file's mode protects it.
+
+    A key that takes over from an `old` one lies beside it, as `site-a-2`.
 
     Raises: ConfigError: `KEY_NAME`, `KEY_EXISTS` (a key is never overwritten), `KEY_FOLDER_OPEN`.
     """
     key = ec.generate_private_key(ec.SECP256R1())
     signer = _signer(key)
-    enrolment = sign_envelope(_new_enrolment(holder, role, domain, signer), ENROLMENT_TYPE, [signer])
-    private, public, request = (folder / f"{holder}.{ending}" for ending in ("key", "pub", "enroll.json"))
-    for path in (private, public, request):
-        if os.path.lexists(path):
-            raise ConfigError("KEY_EXISTS", f"{path} exists", fix="choose another name or folder")
+    request = _new_enrolment(holder, role, domain, signer, old)
+    private, public, enrolment = _unused(folder, holder, numbered=old is not None)
     _private_folder(folder)
     with disk_errors(folder):
         _write_private(private, _private_pem(key, passphrase))
     try:
         write_atomic(public, signer.public_pem)
-        write_atomic(request, enrolment)
+        write_atomic(enrolment, request)
     except BaseException:  # nobody has seen this key yet, and half of it is of no use
         for path in (private, public):
             path.unlink(missing_ok=True)
         raise
-    return NewKey(signer.keyid, private, public, request)
+    return NewKey(signer.keyid, private, public, enrolment)
+
+
+def adopt_key(
+    folder: Path, holder: str, role: Role, domain: str | None, signer: Signer, old: Signer | None = None
+) -> tuple[Path, Path]:
+    """Write the public file and the enrolment of a key that exists already, say in a hardware module.
+
+    Raises: ConfigError: `KEY_NAME`, `KEY_EXISTS`, `KEY_FOLDER_OPEN`.
+    """
+    request = _new_enrolment(holder, role, domain, signer, old)
+    _, public, enrolment = _unused(folder, holder, numbered=old is not None)
+    _private_folder(folder)
+    write_atomic(public, signer.public_pem)
+    write_atomic(enrolment, request)
+    return public, enrolment
+
+
+def _unused(folder: Path, holder: str, *, numbered: bool) -> tuple[Path, Path, Path]:
+    """The names of a key's three files; `numbered` ones beside older keys: -2, -3 and so on."""
+    for number in count(2):
+        stem = f"{holder}-{number}" if numbered else holder
+        private, public, enrolment = (folder / f"{stem}.{ending}" for ending in ("key", "pub", "enroll.json"))
+        taken = [path for path in (private, public, enrolment) if os.path.lexists(path)]
+        if not taken:
+            return private, public, enrolment
+        if not numbered:
+            raise ConfigError(
+                "KEY_EXISTS",
+                f"{taken[0]} exists",
+                fix="choose another name or folder; for a new key in the place of this one: fedcompose keys rotate",
+            )
+    raise AssertionError("numbers end")
 
 
 def read_enrolment(envelope: bytes) -> Enrolment:
@@ -133,6 +173,14 @@ def read_enrolment(envelope: bytes) -> Enrolment:
     return _parse_enrolment(verified.payload)
 
 
+def check_handed_over(envelope: bytes, old_public_pem: bytes) -> None:
+    """The holder of the older key signed this enrolment too.
+
+    Raises: RefusedError: `ENVELOPE_KEY`, `ENVELOPE_INVALID`.
+    """
+    verify_envelope(envelope, ENROLMENT_TYPE, {keyid_of(old_public_pem): old_public_pem})
+
+
 def public_key_bytes(text: str) -> bytes:
     """The bytes of a public key that a JSON document carries as text, known to be a usable key.
 
@@ -143,12 +191,18 @@ def public_key_bytes(text: str) -> bytes:
     return public_pem
 
 
-def load_signer(path: Path, passphrase_file: Path | None = None) -> FileSigner:
-    """The key in `path`. A protected one takes its passphrase as `given_passphrase` says.
+def load_signer(key: str | Path, passphrase_file: Path | None = None, *, folder: Path = Path()) -> Signer:
+    """The key in a file, or one that another program holds: `exec:...` or `NAME:...`, see `signers.py`.
+
+    Relative names start in `folder`. A protected file takes its passphrase as `given_passphrase` says.
 
     Raises: ConfigError: `KEY_MISSING`, `KEY_EXPOSED` (others may read the file), `KEY_UNREADABLE`,
-        `PASSPHRASE_*`.
+        `PASSPHRASE_*`, `SIGNER_*`.
     """
+    return outside_signer(str(key), folder) or _load_file(folder / key, passphrase_file)
+
+
+def _load_file(path: Path, passphrase_file: Path | None) -> FileSigner:
     pem = _read_private(path)
     protected = b"ENCRYPTED" in pem.split(b"\n", 1)[0]
     passphrase = None
@@ -202,7 +256,8 @@ def _signer(key: ec.EllipticCurvePrivateKey) -> FileSigner:
     return FileSigner(keyid_of(public_pem), public_pem, key)
 
 
-def _new_enrolment(holder: str, role: Role, domain: str | None, signer: FileSigner) -> bytes:
+def _new_enrolment(holder: str, role: Role, domain: str | None, signer: Signer, old: Signer | None) -> bytes:
+    """The signed enrolment of a new key; the key that it takes over from signs as well."""
     try:
         enrolment = Enrolment(
             schema="fedcompose/enrolment/v1",
@@ -210,6 +265,7 @@ def _new_enrolment(holder: str, role: Role, domain: str | None, signer: FileSign
             role=role,
             domain=domain,
             public_key=signer.public_pem.decode(),
+            replaces=old.keyid if old else None,
         )
     except ValidationError as error:
         raise ConfigError(
@@ -218,7 +274,8 @@ def _new_enrolment(holder: str, role: Role, domain: str | None, signer: FileSign
             expected="names of small letters, digits, - and _; a domain for a site, and for nobody else",
             got="; ".join(problem["msg"].removeprefix("Value error, ") for problem in error.errors()),
         ) from error
-    return dump_json(enrolment.model_dump(by_alias=True, exclude_none=True))
+    document = dump_json(enrolment.model_dump(by_alias=True, exclude_none=True))
+    return sign_envelope(document, ENROLMENT_TYPE, [signer, old] if old else [signer])
 
 
 def _parse_enrolment(payload: bytes) -> Enrolment:

@@ -27,6 +27,7 @@ from fedcompose.errors import RefusedError
 from fedcompose.federation import Digest, FederationId, Time, Title
 from fedcompose.files import parse_json
 from fedcompose.keys import Identifier
+from fedcompose.ledger import Head
 from fedcompose.traces import ProvenanceClass
 
 PROVENANCE_FILE = "provenance.json"
@@ -66,10 +67,11 @@ class _Record(BaseModel):
 
 
 class CallReference(_Record):
-    """The call that a contribution answers."""
+    """The call that a contribution answers; `sha256`, of what the coordinator signed, stands for all that it says."""
 
     id: Label
     nonce: Digest
+    sha256: Digest
 
 
 class BaseReference(_Record):
@@ -132,10 +134,11 @@ class Ingredient(_Record):
 
 
 class ReleaseProvenance(_Claims):
-    """The claims of a release."""
+    """The claims of a release; `ledger` is how far the coordinator's decision ledger had come."""
 
     coordinator: Identifier
     method: Label
+    ledger: Head | None = None
     ingredients: Annotated[tuple[Ingredient, ...], Field(strict=False, min_length=1, max_length=MAX_INGREDIENTS)]
 
 
@@ -165,7 +168,10 @@ def build_release_provenance(claims: ReleaseProvenance) -> dict[str, Any]:
     build = _ReleaseBuild(
         build_type=COMPOSE,
         external_parameters=_ReleaseParameters(
-            federation=claims.federation, federation_version=claims.federation_version, method=claims.method
+            federation=claims.federation,
+            federation_version=claims.federation_version,
+            method=claims.method,
+            ledger=claims.ledger,
         ),
         resolved_dependencies=(
             _base_dependency(claims.base),
@@ -218,6 +224,7 @@ def parse_release_provenance(data: bytes) -> ReleaseProvenance:
         {
             "coordinator": coordinator,
             "method": build.external_parameters.method,
+            "ledger": build.external_parameters.ledger,
             "ingredients": [_ingredient(entry) for entry in ingredients],
             **_shared_claims(statement, build.external_parameters, base),
         },
@@ -297,6 +304,7 @@ class _ReleaseParameters(_Record):
     federation: FederationId
     federation_version: Count
     method: Label
+    ledger: Head | None = None
 
 
 class _AdapterBuild(_Record):

@@ -10,9 +10,12 @@ Everything is checked offline, from the folder and a few root fingerprints, in t
 6. Each ingredient is, byte for byte, a contribution that its site's key signed, was valid when the
    coordinator received it, and was made for the same base.
 7. Router and attention LoRA are well-formed; what they do is for an evaluation to say.
+8. No root has withdrawn the release.
 
-A release is judged as of the time it was made: an archive stays verifiable after keys and federation files
-expire. No tensor library is loaded.
+Trust that was granted is judged as of the time the release was made: an archive stays verifiable after keys and
+federation files expire. Trust that was withdrawn since counts as far as this machine knows: a revocation names a time,
+and what was signed at that time or later is refused. `judge_today` asks more: whether coordinator, sites and base still
+belong. Who is about to load a release asks `verify_for_use`. No tensor library is loaded.
 """
 
 from __future__ import annotations
@@ -20,38 +23,41 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from fedcompose.adapter import CONFIG_FILE, MAX_WEIGHTS_BYTES, WEIGHTS_FILE, parse_adapter, parse_safetensors
+from fedcompose.adapter import CONFIG_FILE, MAX_WEIGHTS_BYTES, WEIGHTS_FILE, parse_safetensors
 from fedcompose.contribution import (
+    CLOCK_SKEW,
     OPTIONAL,
     REQUIRED,
     ReceivedContribution,
     VerifiedContribution,
     check_base,
+    check_claims,
     check_federation,
     check_listed,
+    check_signed_adapter,
     check_subjects,
     read_unchanged,
     verify_contribution,
 )
 from fedcompose.errors import RefusedError
 from fedcompose.federation import (
+    Coordinator,
     Digest,
     Federation,
+    Site,
     Title,
     format_time,
-    pinned,
-    read_federation,
     verify_federation,
 )
 from fedcompose.files import MAX_JSON_BYTES, dir_hash, parse_json
-from fedcompose.folder import check_names, hash_file, list_files, read_file
+from fedcompose.folder import check_names, list_files, read_file
 from fedcompose.keys import Identifier
 from fedcompose.provenance import (
     PROVENANCE_FILE,
@@ -60,7 +66,9 @@ from fedcompose.provenance import (
     ReleaseProvenance,
     parse_release_provenance,
 )
+from fedcompose.revocations import RevokedKey
 from fedcompose.signing import SIGNATURE_FILE, SignedFiles, read_hint, verify_files
+from fedcompose.trust_state import accepted_federation, accepted_revocations, remembered_federation
 
 COMPOSITION_FILE = "composition.json"
 ROUTER_FILE = "router.safetensors"
@@ -70,7 +78,6 @@ FEDERATION_FILE = "federation.json"
 INGREDIENTS_FOLDER = "ingredients"
 
 MAX_ROUTER_BYTES = 64 << 20  # 1,000 experts on a hidden size of 16,384 in float32
-CLOCK_SKEW = timedelta(minutes=5)  # how far a coordinator's clock may be ahead of ours
 
 _INGREDIENT = re.compile(rf"{INGREDIENTS_FOLDER}/(?P<site>[a-z0-9][a-z0-9_-]{{0,62}})/(?P<file>[^/]+)")
 
@@ -130,6 +137,7 @@ class VerifiedRelease:
     """A release that passed every check. Only `verify_release` makes one.
 
     `composition` and `evaluation` are the JSON documents; `experts` are the ingredients in router row order.
+    `federation` is the version in the release, with what this machine knows to be revoked since.
     """
 
     path: Path
@@ -155,28 +163,31 @@ def verify_release(
 ) -> VerifiedRelease:
     """Check a release in full, in the order above. `now` is this machine's clock unless given.
 
-    Without fingerprints the roots that this machine remembers for the federation decide.
+    Without fingerprints the versions of the federation file that this machine accepted decide, and their roots.
+    Nothing is remembered.
 
     Raises: RefusedError: with the code of the first check that failed.
     """
     folder, now = received.path, now or datetime.now(UTC)
-    names = list_files(folder)
+    names = list_files(folder)  # 1
     sites = _check_folder(names)
-    federation, provenance = _trusted(folder, root_fingerprints, now)
-    signed = _verify_signature(folder, names, federation, provenance)
+    federation, provenance = _trusted(folder, root_fingerprints, now)  # 2
+    signed = _verify_signature(folder, names, federation, provenance)  # 3
     files = _read_signed(folder, signed)
-    if parse_release_provenance(files[PROVENANCE_FILE]) != provenance:
+    if parse_release_provenance(files[PROVENANCE_FILE]) != provenance:  # 4
         raise RefusedError("FILE_CHANGED", f"{PROVENANCE_FILE} changed while it was read")
     check_subjects(provenance.subjects, signed.digests)
     check_federation(provenance.federation, provenance.federation_version, federation)
     check_base(provenance.base, federation)
-    composition = parse_composition(files[COMPOSITION_FILE])
+    composition = parse_composition(files[COMPOSITION_FILE])  # 5
     _check_composition(composition, provenance, sites)
-    experts = tuple(
+    experts = tuple(  # 6
         _verify_ingredient(folder, expert, entry, provenance, federation, signed)
         for expert, entry in zip(composition.experts, provenance.ingredients, strict=True)
     )
-    _check_parts(composition, files, names)
+    _check_parts(folder, composition, files, signed)  # 7
+    digest = dir_hash(signed.digests)
+    accepted_revocations(federation.id).check_release(digest)  # 8
     return VerifiedRelease(
         path=folder,
         composition=parse_json(files[COMPOSITION_FILE], COMPOSITION_FILE),
@@ -185,9 +196,72 @@ def verify_release(
         provenance=provenance,
         evaluation=_evaluation(files.get(EVALUATION_FILE)),
         keyid=signed.keyid,
-        dir_hash=dir_hash(signed.digests),
+        dir_hash=digest,
         digests=signed.digests,
     )
+
+
+def verify_for_use(
+    received: ReceivedRelease, root_fingerprints: Collection[str] | None = None, now: datetime | None = None
+) -> VerifiedRelease:
+    """Check a release that is about to be loaded: in full, and by the newest federation file that is known here.
+
+    That file may have expired: it is then the best that is known, and a model in use does not stop by the calendar.
+
+    Raises: RefusedError: as `verify_release` and `judge_today`.
+    """
+    release = verify_release(received, root_fingerprints, now)
+    judge_today(release, newest_known(release))
+    return release
+
+
+def newest_known(release: VerifiedRelease) -> Federation:
+    """The federation file that this machine accepted last or, if that is older or there is none, the release's own."""
+    accepted = accepted_federation(release.federation.id)
+    return accepted if accepted and accepted.version >= release.federation.version else release.federation
+
+
+def judge_today(release: VerifiedRelease, today: Federation) -> None:
+    """Whether the release would still be believed by `today`, the same or a later version of its federation's file.
+
+    Coordinator, sites and base must still belong. Their keys must have counted when they were used, not now: a key that
+    expired or was rotated since leaves what it signed good. The time of a release is its coordinator's word alone, so a
+    coordinator's compromised key makes all its releases worthless; a site's key was seen by the coordinator in time.
+
+    Raises: RefusedError: `KEY_UNKNOWN`, `KEY_EXPIRED`, `KEY_REVOKED`, `COORDINATOR_MISMATCH`, `SITE_SUSPENDED`, and as
+        `contribution.check_claims`.
+    """
+    claims = release.provenance
+    check_federation(claims.federation, claims.federation_version, today)
+    coordinator, key = today.coordinator_key(release.keyid, claims.finished)
+    _check_coordinator(coordinator.id, claims)
+    if key.revoked is not None and key.revoked.reason == "compromised":
+        raise RefusedError(
+            "KEY_REVOKED",
+            "the release is signed with a key that is reported compromised, and only its signer says when",
+            expected=f"a key of coordinator {coordinator.id} that nobody else may hold",
+            got=f"key {release.keyid}, compromised since {format_time(key.revoked.at)}",
+            fix="ask the coordinator to release again, with its new key",
+        )
+    check_base(claims.base, today)
+    for expert in release.experts:
+        site, _ = today.site_key(expert.keyid, expert.received_on)
+        check_claims(expert.provenance, expert.kind, site, today, expert.received_on)
+
+
+def cautions(release: VerifiedRelease, now: datetime) -> list[str]:
+    """What somebody who is about to rely on the release should know, in sentences, although nothing was refused."""
+    keyids = dict.fromkeys([release.keyid, *(expert.keyid for expert in release.experts)])
+    sentences = [doubt for keyid in keyids if (doubt := release.federation.doubts(keyid))]
+    today = newest_known(release)
+    known = f"version {today.version} of the federation file, the newest known here,"
+    try:
+        judge_today(release, today)
+    except RefusedError as refusal:
+        sentences.append(f"{known} would not admit it any more: {refusal.what} ({refusal.code})")
+    if now >= today.expires:
+        sentences.append(f"{known} expired on {format_time(today.expires)}: what was withdrawn since is not known here")
+    return sentences
 
 
 def parse_composition(data: bytes) -> Composition:
@@ -247,25 +321,22 @@ def _trusted(folder: Path, fingerprints: Collection[str] | None, now: datetime) 
             fix="check this machine's clock",
         )
     envelope = read_file(folder, FEDERATION_FILE, MAX_JSON_BYTES)
-    federation = verify_federation(envelope, root_fingerprints=fingerprints or _remembered_roots(envelope), now=made)
+    if fingerprints:
+        federation = verify_federation(envelope, root_fingerprints=fingerprints, now=made)
+    else:
+        federation = remembered_federation(envelope, made)
     if made < federation.issued:
         raise RefusedError("FEDERATION_OLD", "the release is older than the federation file in it")
-    return federation, provenance
+    return _with_known_revocations(federation), provenance
 
 
-def _remembered_roots(envelope: bytes) -> frozenset[str]:
-    """Those of the pinned roots that signed this file, if they are as many as were asked for when pinned."""
-    federation, signed = read_federation(envelope)
-    pin = pinned(federation.id)
-    known = signed & set(pin.roots) if pin else frozenset()
-    if pin is None or len(known) < pin.threshold:
-        raise RefusedError(
-            "TRUST_ROOT_UNKNOWN",
-            f"nothing on this machine says whether to trust federation {federation.name!a}",
-            fix="ask its roots for their fingerprints, by phone or in person, and give them: "
-            "--root-fingerprint FINGERPRINT",
-        )
-    return known
+def _with_known_revocations(federation: Federation) -> Federation:
+    """The federation, with the keys revoked that a later version or a revocation list accepted here revokes."""
+    listed = accepted_revocations(federation.id)
+    today = accepted_federation(federation.id)
+    members: list[Coordinator | Site] = [*today.coordinators, *today.sites] if today else []
+    since = [RevokedKey(keyid=key.keyid, **dict(key.revoked)) for each in members for key in each.keys if key.revoked]
+    return federation.with_revocations(listed).with_revocations(listed.model_copy(update={"keys": tuple(since)}))
 
 
 def _verify_signature(
@@ -274,25 +345,30 @@ def _verify_signature(
     bundle = read_file(folder, SIGNATURE_FILE, MAX_JSON_BYTES)
     coordinator, key = federation.coordinator_key(read_hint(bundle), claims.finished)
     signed = verify_files(bundle, key.public_key.encode())
-    if coordinator.id != claims.coordinator:
-        raise RefusedError(
-            "COORDINATOR_MISMATCH",
-            "the release claims another coordinator than its signer",
-            expected=coordinator.id,
-            got=claims.coordinator,
-        )
+    _check_coordinator(coordinator.id, claims)
     check_listed(signed, names)
     return signed
 
 
+def _check_coordinator(signer: str, claims: ReleaseProvenance) -> None:
+    if signer != claims.coordinator:
+        raise RefusedError(
+            "COORDINATOR_MISMATCH",
+            "the release claims another coordinator than its signer",
+            expected=signer,
+            got=claims.coordinator,
+        )
+
+
 def _read_signed(folder: Path, signed: SignedFiles) -> dict[str, bytes]:
-    """Compare every file with its signed digest; the small ones and our own parts are kept for parsing."""
+    """Compare every file with its signed digest, adapters' weights where they are parsed; keep our own for parsing."""
     kept: dict[str, bytes] = {}
     for name, digest in signed.digests.items():
+        if name.endswith(f"/{WEIGHTS_FILE}"):
+            continue
+        data = read_unchanged(folder, name, _limit(name), digest)
         if not name.startswith(f"{INGREDIENTS_FOLDER}/"):
-            kept[name] = read_unchanged(folder, name, _limit(name), digest)
-        elif hash_file(folder, name, _limit(name)) != digest:
-            raise RefusedError("FILE_CHANGED", f"{name} is not the file that was signed")
+            kept[name] = data
     return kept
 
 
@@ -348,18 +424,19 @@ def _verify_ingredient(
     return found
 
 
-def _check_parts(composition: Composition, files: Mapping[str, bytes], names: Mapping[str, int]) -> None:
+def _check_parts(folder: Path, composition: Composition, files: Mapping[str, bytes], signed: SignedFiles) -> None:
     """What the coordinator trained: one router row per expert, and the attention LoRA that was announced."""
     tensors = parse_safetensors(files[ROUTER_FILE])
     rows = len(composition.experts)
     for tensor in tensors.values():
         if tensor.shape[0] != rows or not np.isfinite(tensor.float32()).all():
             raise RefusedError("ROUTER_INVALID", "the router does not have one finite row per expert")
-    paths = [f"{ATTENTION_FOLDER}/{name}" for name in (CONFIG_FILE, WEIGHTS_FILE)]
-    if (composition.attention is not None) != (paths[0] in names):
+    prefix = f"{ATTENTION_FOLDER}/"
+    announced = files.get(prefix + CONFIG_FILE)
+    if (composition.attention is None) != (announced is None):
         raise RefusedError("COMPOSITION_MISMATCH", "the composition and the folder disagree about attention")
-    if composition.attention is not None:
-        config = parse_adapter(files[paths[0]], files[paths[1]], None).config
+    if composition.attention is not None and announced is not None:
+        config = check_signed_adapter(folder, prefix, announced, signed.digests, None)
         if (config.r, config.lora_alpha) != (composition.attention.r, composition.attention.alpha):
             raise RefusedError("COMPOSITION_MISMATCH", "the attention LoRA has another rank or alpha")
 

@@ -325,13 +325,17 @@ def sign_envelope(payload: bytes, payload_type: str, signers: Sequence[Signer]) 
     if not signers or len({signer.keyid for signer in signers}) != len(signers):
         raise ValueError("an envelope needs at least one signer, each with its own key")
     message = _pae(payload_type, payload)
-    return _dump(
-        {
-            "payload": _encode(payload),
-            "payloadType": payload_type,
-            "signatures": [{"keyid": signer.keyid, "sig": _encode(signer.sign(message))} for signer in signers],
-        }
-    )
+    return _dump_envelope(payload, payload_type, {signer.keyid: signer.sign(message) for signer in signers})
+
+
+def countersign_envelope(envelope: bytes, payload_type: str, signer: Signer) -> bytes:
+    """The same document with one more signature, or a new one by a key that signed before; nothing is verified.
+
+    Raises: RefusedError: `ENVELOPE_SHAPE`, `ENVELOPE_TYPE`.
+    """
+    payload, signatures = _read_envelope(envelope, payload_type)
+    signature = signer.sign(_pae(payload_type, payload))
+    return _dump_envelope(payload, payload_type, {**signatures, signer.keyid: signature})
 
 
 def verify_envelope(envelope: bytes, payload_type: str, public_pems: Mapping[str, bytes]) -> VerifiedEnvelope:
@@ -391,6 +395,16 @@ def _read_envelope(envelope: bytes, payload_type: str) -> tuple[bytes, dict[str,
             shape.refuse("one key signed twice")
         signatures[keyid] = shape.base64(signature["sig"], "sig")
     return shape.base64(document["payload"], "payload"), signatures
+
+
+def _dump_envelope(payload: bytes, payload_type: str, signatures: Mapping[str, bytes]) -> bytes:
+    return _dump(
+        {
+            "payload": _encode(payload),
+            "payloadType": payload_type,
+            "signatures": [{"keyid": keyid, "sig": _encode(signature)} for keyid, signature in signatures.items()],
+        }
+    )
 
 
 # --- bytes ----------------------------------------------------------------------------------------

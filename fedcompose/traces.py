@@ -10,15 +10,15 @@ What a trace may carry depends on where its prompt came from (its provenance cla
     F  a private question with its completion
 
 A site ships B, C and D; E and F only where its data was declared non-private. Text in a trace becomes a
-prompt of the trainer, so nothing in it may look like the markers that separate roles in a chat, and nothing
-may be invisible.
+prompt of the trainer, so nothing in it may look like the markers that separate roles in a chat, nor be a control
+token of the base in use (`check_tokens`), and nothing may be invisible.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Iterator
 from typing import Annotated, Any, Literal, NoReturn
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -87,8 +87,7 @@ class Trace(BaseModel):
     @field_validator("config")
     @classmethod
     def _small(cls, config: dict[str, Any] | None) -> dict[str, Any] | None:
-        text = json.dumps(config)
-        if len(text) > MAX_CONFIG_BYTES or not is_plain_text(text):
+        if len(json.dumps(config)) > MAX_CONFIG_BYTES or not all(map(is_plain_text, _strings(config))):
             raise ValueError("too large or not plain")
         return config
 
@@ -101,10 +100,45 @@ class Trace(BaseModel):
             raise ValueError(f"class {self.provenance_class} carries {sorted(needed)}")
         return self
 
+    def texts(self) -> Iterator[str]:
+        """Every text in this trace that may become part of a prompt."""
+        yield from _strings([self.completion, self.question, self.answer, self.config])
 
-def is_plain_text(text: str) -> bool:
-    """Whether `text` is free of chat markers and hidden characters, and so may stand in a trace."""
-    return CONTROL_TOKEN.search(text) is None and HIDDEN.search(text) is None
+
+def is_plain_text(text: str, tokens: Collection[str] = ()) -> bool:
+    """Whether `text` is free of chat markers, hidden characters and `tokens`, and so may stand in a trace."""
+    return (
+        CONTROL_TOKEN.search(text) is None
+        and HIDDEN.search(text) is None
+        and not any(token in text for token in tokens)
+    )
+
+
+def check_tokens(traces: Iterable[Trace], tokens: Collection[str]) -> None:
+    """No trace holds a control token of the base's own tokenizer, `bases.control_tokens`.
+
+    Raises: RefusedError: `TRACES_CONTROL_TOKENS`.
+    """
+    for number, trace in enumerate(traces, start=1):
+        if not all(is_plain_text(text, tokens) for text in trace.texts()):
+            raise RefusedError(
+                "TRACES_CONTROL_TOKENS",
+                f"line {number} of {TRACES_FILE} holds a control token of the base's tokenizer",
+                fix="drop the trace at the site; `distill` does",
+            )
+
+
+def _strings(value: Any) -> Iterator[str]:
+    """Every text in a JSON value, keys included."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict):
+        for key, each in value.items():
+            yield key
+            yield from _strings(each)
+    elif isinstance(value, list):
+        for each in value:
+            yield from _strings(each)
 
 
 def encode(traces: Iterable[Trace]) -> bytes:

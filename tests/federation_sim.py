@@ -24,13 +24,16 @@ from fedcompose.adapter import StoredTensor, canonical_safetensors, read_adapter
 from fedcompose.bases import Base, base_shapes
 from fedcompose.call import Call
 from fedcompose.contribution import VerifiedContribution
-from fedcompose.federation import Federation, create_federation, enrol, verify_federation
+from fedcompose.drafts import create_federation, enrol
+from fedcompose.federation import Federation, verify_federation
 from fedcompose.files import dir_hash, folder_digests, write_atomic, write_json
 from fedcompose.keys import FileSigner, load_signer, new_key
 from fedcompose.release import VerifiedRelease
 from fedcompose.traces import Trace, encode
 from fedcompose_client.contribute import contribute
 from fedcompose_coordinator import intake, publish
+from fedcompose_coordinator.approvals import Rule
+from fedcompose_coordinator.intake import NO_APPROVALS
 
 SITES = {"site-a": "clock", "site-b": "ordering"}
 MLP = ["gate_proj", "up_proj", "down_proj"]
@@ -64,6 +67,7 @@ class FederationSim:
     envelope: bytes
     attention: Path
     made: list[VerifiedContribution] = field(default_factory=list)
+    rule: Rule = NO_APPROVALS
 
     @property
     def federation(self) -> Federation:
@@ -83,8 +87,7 @@ class FederationSim:
     def receive(self, *folders: Path) -> list[intake.Receipt]:
         """Take folders in, by default every site's outbox."""
         given = folders or tuple(site.outbox for site in self.sites.values())
-        shapes = base_shapes(self.base)
-        return intake.receive(given, self.coordinator_home, self.federation, shapes, self.now)
+        return intake.receive(given, self.coordinator_home, self.federation, self.base, self.now, self.rule)
 
     def admitted(self) -> list[VerifiedContribution]:
         return intake.admitted(self.coordinator_home, self.federation)

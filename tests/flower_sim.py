@@ -18,9 +18,10 @@ from typing import Any
 from fedcompose.bases import resolve_base
 from fedcompose.call import make_call, read_own_call
 from fedcompose.contribution import KINDS, REQUIRED, Kind
-from fedcompose.federation import create_federation, enrol, trusted_federation
+from fedcompose.drafts import create_federation, enrol
 from fedcompose.files import write_atomic
 from fedcompose.keys import FileSigner, load_signer, new_key
+from fedcompose.trust_state import trusted_federation
 from fedcompose.wire import RecordDict, request
 from fedcompose_client.flower import make_app
 from fedcompose_coordinator.flower import Outcome, make_server_app, newest_call

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import shlex
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -11,13 +12,14 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from fedcompose.call import MAX_CALL_BYTES, Call, read_own_call, verify_call
-from fedcompose.console import AsJson, next_steps, out, print_json, progress_bars
+from fedcompose.call import MAX_CALL_BYTES, Call, check_history, read_own_call, verify_call
+from fedcompose.console import AsJson, next_steps, out, print_json, print_whole, progress_bars
 from fedcompose.contribution import VerifiedContribution
 from fedcompose.errors import ConfigError
-from fedcompose.federation import Federation, trusted_federation
+from fedcompose.federation import Federation
 from fedcompose.files import MAX_JSON_BYTES, read_limited, write_atomic
 from fedcompose.settings import fill_template
+from fedcompose.trust_state import trusted_federation
 from fedcompose_client.config import CONFIG_NAME, load_config
 
 app = typer.Typer(no_args_is_help=True, help="A site: train on your own data, distill, sign a contribution.")
@@ -60,7 +62,7 @@ def init(
     write_atomic(path, text.encode())
     load_config(site)
     out.print(f"Wrote {path}", markup=False)
-    next_steps(f"fedcompose client train --domain {domain}")
+    next_steps(f"fedcompose client train --domain {domain}{_at(site)}")
 
 
 @app.command()
@@ -90,7 +92,7 @@ def train(
         return
     _print_accuracy(result)
     out.print(f"Kept: {result['kept']}, in {site / 'runs' / domain / 'expert'}", markup=False)
-    next_steps(f"fedcompose client distill --domain {domain}", f"fedcompose client contribute --domain {domain}")
+    next_steps(*(f"fedcompose client {step} --domain {domain}{_at(site)}" for step in ("distill", "contribute")))
 
 
 @app.command()
@@ -114,7 +116,7 @@ def distill(domain: DomainName, site: Site = Path(), as_json: AsJson = False) ->
         f"{result.traces} kept in {result.path}",
         markup=False,
     )
-    next_steps(f"fedcompose client contribute --domain {domain}")
+    next_steps(f"fedcompose client contribute --domain {domain}{_at(site)}")
 
 
 @app.command()
@@ -139,7 +141,7 @@ def contribute(
     now = datetime.now(UTC)
     federation = trusted_federation(read_limited(site / config.federation, MAX_JSON_BYTES), root_fingerprint, now)
     made = sign_contribution(
-        site, domain, load_signer(site / config.key), federation, now, non_private=not settings.private,
+        site, domain, load_signer(config.key, folder=site), federation, now, non_private=not settings.private,
         call=_open_call(site, config.id, federation, now), base=resolve_base(config.base),
     )  # fmt: skip
     if as_json:
@@ -155,9 +157,15 @@ def contribute(
 def _open_call(site: Path, site_id: str, federation: Federation, now: datetime) -> Call | None:
     """The newest call to this site that is still open; a call that does not verify stops everything."""
     envelopes = [read_limited(path, MAX_CALL_BYTES) for path in (site / "calls").glob("*.json")]
+    check_history(map(read_own_call, envelopes))
     still_open = [envelope for envelope in envelopes if read_own_call(envelope).deadline > now]
     calls = [verify_call(envelope, federation, site_id, now) for envelope in still_open]
     return max(calls, key=lambda call: call.id, default=None)
+
+
+def _at(site: Path) -> str:
+    """How a next command says which site it means."""
+    return "" if site == Path() else f" --site {shlex.quote(str(site))}"
 
 
 def _print_accuracy(result: dict[str, Any]) -> None:
@@ -185,4 +193,4 @@ def _print_contributions(made: Sequence[VerifiedContribution]) -> None:
     for each in made:
         size = sum(path.stat().st_size for path in each.path.iterdir())
         table.add_row(str(each.path), each.kind, f"{size / 1e6:.2f} MB", each.dir_hash[:16])
-    out.print(table)
+    print_whole(table)

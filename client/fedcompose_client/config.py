@@ -76,7 +76,7 @@ class SiteConfig(Settings):
 
     id: Identifier
     base: str
-    key: Path
+    key: str
     federation: Path = Path("federation.json")
     domains: dict[Identifier, Domain]
 

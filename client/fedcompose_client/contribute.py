@@ -20,8 +20,8 @@ from pathlib import Path
 from typing import Any
 
 from fedcompose.adapter import read_adapter, write_adapter
-from fedcompose.bases import Base, base_shapes
-from fedcompose.call import COLLECTION_PERIOD, Call
+from fedcompose.bases import Base, base_shapes, control_tokens
+from fedcompose.call import COLLECTION_PERIOD, Call, check_answer
 from fedcompose.contribution import ReceivedContribution, VerifiedContribution, verify_contribution
 from fedcompose.errors import ConfigError, RefusedError
 from fedcompose.federation import Federation, Site
@@ -37,7 +37,7 @@ from fedcompose.provenance import (
     installed_versions,
 )
 from fedcompose.signing import SIGNATURE_FILE, Signer, sign_files
-from fedcompose.traces import MAX_TRACES_BYTES, PRIVATE_CLASSES, TRACES_FILE, Trace, decode, encode
+from fedcompose.traces import MAX_TRACES_BYTES, PRIVATE_CLASSES, TRACES_FILE, Trace, check_tokens, decode, encode
 
 STATE_FILE = "contribute-state.json"  # the last sequence number this site used
 VALIDITY = timedelta(days=30)  # how long a contribution that answers no call may travel
@@ -57,11 +57,12 @@ def contribute(
 ) -> list[VerifiedContribution]:
     """Sign what the domain's run made and the call, if any, wants: its adapter, and its traces if it has some.
 
-    With `base` the adapter is checked against the base's own layers. `non_private` is the site's declaration
-    that the domain's questions may be shown to anyone; only then may traces of class E or F leave.
+    With `base` the adapter is checked against the base's own layers, and traces against its control tokens.
+    `non_private` is the site's declaration that the domain's questions may be shown to anyone; only then may
+    traces of class E or F leave.
 
     Raises: ConfigError: `RUN_MISSING`, `DOMAIN_NOT_ENROLLED`, `BASE_AMBIGUOUS`. RefusedError: `TRACES_CLASS`,
-        `BASE_MISMATCH`, and whatever a coordinator would refuse.
+        `TRACES_CONTROL_TOKENS`, `BASE_MISMATCH`, and whatever a coordinator would refuse.
     """
     site, _ = federation.site_key(signer.keyid, now)
     if site.domain != domain:
@@ -86,11 +87,13 @@ def contribute(
             summary = (
                 _rebuild_adapter(run, folder, shapes)
                 if kind == "adapter"
-                else _rebuild_traces(run, folder, non_private)
+                else _rebuild_traces(run, folder, base, non_private)
             )
             claimed = claims | summary | {"sequence": _next_sequence(site_folder, now)}
             _sign(folder, claimed, signer)
             found = verify_contribution(ReceivedContribution(folder), federation, now=now, base_shapes=shapes)
+            if call is not None:
+                check_answer(call, found)
         made.append(replace(found, path=target))
     return made
 
@@ -103,9 +106,10 @@ def _rebuild_adapter(run: Path, folder: Path, shapes: Mapping[str, tuple[int, in
     return {"kind": "adapter", "lora": lora}
 
 
-def _rebuild_traces(run: Path, folder: Path, non_private: bool) -> dict[str, Any]:
+def _rebuild_traces(run: Path, folder: Path, base: Base | None, non_private: bool) -> dict[str, Any]:
     traces = decode(read_limited(run / TRACES_FILE, MAX_TRACES_BYTES))
     check_trace_classes(traces, non_private)
+    check_tokens(traces, control_tokens(base) if base is not None else ())
     write_atomic(folder / TRACES_FILE, encode(traces))
     classes = Counter(trace.provenance_class for trace in traces)
     return {"kind": "traces", "traces": TraceSummary(classes=dict(classes), declared_non_private=non_private)}
@@ -135,7 +139,7 @@ def _claims(
         "site": site.id,
         "domain": site.domain,
         "base": _base(federation, call, base),
-        "call": None if call is None else CallReference(id=call.id, nonce=call.nonce),
+        "call": None if call is None else CallReference(id=call.id, nonce=call.nonce, sha256=call.digest),
         "expires": now + VALIDITY if call is None else call.deadline + COLLECTION_PERIOD,
         "finished": now,
         "invocation": f"urn:uuid:{uuid.uuid4()}",

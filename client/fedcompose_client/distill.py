@@ -4,7 +4,7 @@ Input: `runs/<domain>/expert/`. Output: `runs/<domain>/traces.jsonl`.
 
 Prompts come from the domain's declared generator (class B), which does not depend on private data. Only a domain that
 was declared non-private may be distilled on its own questions (class F). A completion is kept when it ended by itself,
-answers correctly and holds nothing that could be taken for a chat marker; equal ones are kept once.
+answers correctly and holds nothing that could be taken for a chat marker or a control token; equal ones are kept once.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from pathlib import Path
 
 from peft import PeftModel
 
-from fedcompose.bases import resolve_base
+from fedcompose.bases import control_tokens, resolve_base
 from fedcompose.errors import ConfigError
 from fedcompose.files import write_atomic
 from fedcompose.model.lm import load_base, merged, prompt_ids
@@ -54,7 +54,9 @@ def distill(site: Path, config: SiteConfig, domain_name: str, on_done: Callable[
         )
     source = domain.traces or TraceSource(generator="")
     task, examples = _prompts(site, domain, source, domain_name)
-    frozen, tokenizer = load_base(resolve_base(config.base).path)
+    base = resolve_base(config.base)
+    tokens = control_tokens(base)
+    frozen, tokenizer = load_base(base.path)
     model = PeftModel.from_pretrained(frozen, str(run / "expert")).eval()
     done = 0
 
@@ -73,7 +75,7 @@ def distill(site: Path, config: SiteConfig, domain_name: str, on_done: Callable[
     for example, group in zip(examples, groups, strict=True):
         right = [one for one in group if one.finished and task.is_correct(one.text, example.answer)]
         correct += len(right)
-        texts = dict.fromkeys(one.text for one in right if is_plain_text(one.text))
+        texts = dict.fromkeys(one.text for one in right if is_plain_text(one.text, tokens))
         traces += [_trace(task, example, text) for text in list(texts)[: source.max_per_prompt]]
     if not traces:
         raise ConfigError(

@@ -24,11 +24,20 @@ from typing import Any
 
 from fedcompose import wire
 from fedcompose.bases import resolve_base
-from fedcompose.call import COLLECTION_PERIOD, MAX_CALL_BYTES, Call, verify_call
+from fedcompose.call import (
+    COLLECTION_PERIOD,
+    MAX_CALL_BYTES,
+    Call,
+    check_history,
+    check_shape,
+    read_own_call,
+    verify_call,
+)
 from fedcompose.contribution import REQUIRED
 from fedcompose.errors import FedcomposeError, RefusedError
-from fedcompose.federation import Federation, trusted_federation
+from fedcompose.federation import Federation
 from fedcompose.files import MAX_JSON_BYTES, read_limited, write_atomic
+from fedcompose.trust_state import trusted_federation
 from fedcompose.wire import ClientApp, Context, Message, Part, RecordDict, Slice, Status
 from fedcompose_client.config import SiteConfig, load_config
 
@@ -40,10 +49,10 @@ PROGRESS_TAIL_BYTES = 64 * 1024
 # Every code that may leave; any other error leaves as SITE_ERROR.
 REFUSALS = frozenset(
     {
-        "ACTION_UNKNOWN", "BASE_NOT_FOUND", "CALL_BASE", "CALL_EXPIRED", "CALL_FEDERATION", "CALL_ID_TAKEN",
-        "CALL_INVALID", "CALL_SITE", "CALL_UNKNOWN", "DOMAIN_UNKNOWN", "ENVELOPE_INVALID", "ENVELOPE_KEY",
-        "ENVELOPE_SHAPE", "ENVELOPE_TYPE", "FEDERATION_EXPIRED", "KEY_EXPIRED", "KEY_REVOKED",
-        "MESSAGE_INVALID", wire.NOT_READY, "TRUST_ROOT_UNKNOWN",
+        "ACTION_UNKNOWN", "BASE_NOT_FOUND", "CALL_BASE", "CALL_COORDINATOR", "CALL_EXPIRED", "CALL_FEDERATION",
+        "CALL_ID_TAKEN", "CALL_INVALID", "CALL_POLICY", "CALL_SHAPE", "CALL_SITE", "CALL_UNKNOWN", "DOMAIN_UNKNOWN",
+        "ENVELOPE_INVALID", "ENVELOPE_KEY", "ENVELOPE_SHAPE", "ENVELOPE_TYPE", "FEDERATION_EXPIRED", "KEY_EXPIRED",
+        "KEY_REVOKED", "LEDGER_FORKED", "LEDGER_SHRUNK", "MESSAGE_INVALID", wire.NOT_READY, "TRUST_ROOT_UNKNOWN",
     }
 )  # fmt: skip
 SITE_ERROR = "SITE_ERROR"
@@ -99,20 +108,25 @@ app = make_app(None)  # what a SuperNode runs
 def accept_call(folder: Path, fields: Mapping[str, Any], now: datetime) -> RecordDict:
     """Check a call as far as this site can, and keep it in `calls/` for `fedcompose client contribute`.
 
-    The same call may come again.
+    The same call may come again. Calls are kept for good: they hold the heads of the coordinator's ledger.
 
-    Raises: RefusedError: `CALL_BASE` (this site builds on another base), `CALL_ID_TAKEN` (another call has this id),
-        and all that `verify_call` raises. ConfigError: `DOMAIN_UNKNOWN`.
+    Raises: RefusedError: `CALL_BASE` (this site builds on another base), `CALL_SHAPE` (it trains other LoRAs than the
+        call asks for: better known before the training), `CALL_ID_TAKEN` (another call has this id),
+        and all that `verify_call` and `check_history` raise. ConfigError: `DOMAIN_UNKNOWN`.
     """
     envelope = wire.raw(fields, "call", MAX_CALL_BYTES)
     config = load_config(folder)
     call = verify_call(envelope, _federation(folder, config, now), config.id, now)
-    config.domain(call.domain_of(config.id))
+    training = config.domain(call.domain_of(config.id)).training
+    if "adapter" in call.want:
+        check_shape(call, training.rank, training.targets)
     if resolve_base(config.base).digest != call.base.dir_hash:
         raise RefusedError("CALL_BASE", f"the call is for the base {call.base.name!a}, and this site builds on another")
     path = _call_path(folder, call.id)
     if path.exists() and read_limited(path, MAX_CALL_BYTES) != envelope:
         raise RefusedError("CALL_ID_TAKEN", f"another call {call.id} was accepted before")
+    kept = (read_own_call(read_limited(each, MAX_CALL_BYTES)) for each in path.parent.glob("*.json"))
+    check_history([call, *(each for each in kept if each.id != call.id)])
     write_atomic(path, envelope)
     return wire.answer(wire.ACCEPTED)
 

@@ -1,4 +1,4 @@
-"""`fedcompose coordinator`: init, call, collect, receive, compose, evaluate, release, report, in that order."""
+"""`fedcompose coordinator`: init, call, collect, receive, compose, evaluate, release, report, in that order; ledger."""
 
 from __future__ import annotations
 
@@ -11,20 +11,34 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.table import Table
+from rich.text import Text
 
-from fedcompose.bases import Base, base_shapes, resolve_base
+from fedcompose.bases import Base, resolve_base
 from fedcompose.commands.keys import PassphraseFile
-from fedcompose.console import AsJson, accuracy_table, next_steps, out, print_json, progress_bars
+from fedcompose.console import AsJson, accuracy_table, next_steps, out, print_json, print_whole, progress_bars
 from fedcompose.contribution import VerifiedContribution
 from fedcompose.errors import ConfigError, RefusedError
-from fedcompose.federation import Federation, trusted_federation
-from fedcompose.files import MAX_JSON_BYTES, read_json, read_limited, write_atomic
+from fedcompose.explanations import EXPLANATIONS
+from fedcompose.federation import Federation
+from fedcompose.files import (
+    MAX_JSON_BYTES,
+    dir_hash,
+    folder_digests,
+    read_json,
+    read_limited,
+    sha256_file,
+    write_atomic,
+)
 from fedcompose.keys import load_signer
 from fedcompose.settings import fill_template
-from fedcompose_coordinator import commands_flower
+from fedcompose.trust_state import trusted_federation
+from fedcompose_coordinator import commands_flower, commands_ledger
+from fedcompose_coordinator.approvals import read_rule
 from fedcompose_coordinator.config import CONFIG_NAME, CoordinatorConfig, load_config
+from fedcompose_coordinator.decisions import deciding
 
 if TYPE_CHECKING:  # torch takes seconds to import
+    from fedcompose_coordinator.intake import Receipt
     from fedcompose_coordinator.lessons import Lesson
 
 CANDIDATE = "candidate"
@@ -57,49 +71,55 @@ def init(
 
 
 commands_flower.register(app)
+app.add_typer(commands_ledger.app, name="ledger")
 
 
 @app.command()
 def receive(
-    folders: Annotated[list[Path], typer.Argument(help="Signed folders, or folders that hold some.")],
+    folders: Annotated[list[Path] | None, typer.Argument(help="Signed folders, or folders that hold some.")] = None,
+    approve: Annotated[
+        str | None, typer.Option(help="Approve what waits under this digest, or its first characters, instead.")
+    ] = None,
+    by: Annotated[str | None, typer.Option(help="With --approve: your name among the approvers.")] = None,
+    key: Annotated[str | None, typer.Option(help="With --approve: your key.")] = None,
+    passphrase_file: PassphraseFile = None,
     home: Home = Path(),
     root_fingerprint: Fingerprints = None,
     as_json: AsJson = False,
 ) -> None:
     """Verify contributions in quarantine and admit them, or refuse them with a code.
 
+    Where coordinator.toml asks for approvals, what passed waits until enough approvers have signed for it.
+
     Example: fedcompose coordinator receive inbox/
     """
-    from fedcompose_coordinator.intake import receive as take_in
+    from fedcompose_coordinator import intake
 
-    _, federation, base = _open(home, root_fingerprint)
-    receipts = take_in(folders, home, federation, base_shapes(base), datetime.now(UTC))
-    if as_json:
-        print_json(
-            [
-                {
-                    "folder": str(receipt.source),
-                    "outcome": receipt.outcome,
-                    "error": receipt.refusal.as_dict() if receipt.refusal else None,
-                }
-                for receipt in receipts
-            ]
-        )
+    config, federation, base = _open(home, root_fingerprint)
+    rule, now = read_rule(home, config.approvals, config.approvers), datetime.now(UTC)
+    if approve is not None and by is not None and key is not None and not folders:
+        signer = load_signer(key, passphrase_file)
+        receipts = [intake.approve(home, federation, approve, by, signer, rule, now)]
+    elif folders and approve is None and by is None and key is None:
+        receipts = intake.receive(folders, home, federation, base, now, rule)
     else:
-        table = Table("folder", "outcome", "site", "kind", "digest", box=None)
-        for receipt in receipts:
-            made = receipt.contribution
-            known = (made.site, made.kind, made.dir_hash[:16]) if made else ("", "", "")
-            outcome = receipt.refusal.code if receipt.refusal else receipt.outcome
-            table.add_row(str(receipt.source), outcome, *known)
-        out.print(table)
-    refusals = [receipt for receipt in receipts if receipt.refusal]
-    for receipt in refusals:
-        out.print(f"{receipt.refusal and receipt.refusal.diagnostics()}\n  kept in   {receipt.kept}", markup=False)
-    if refusals:
+        raise ConfigError(
+            "RECEIVE_WHAT",
+            "it is not clear what to do",
+            expected="folders to receive, or --approve DIGEST --by NAME --key KEY",
+        )
+    if as_json:
+        print_json([_as_json(receipt) for receipt in receipts])
+    else:
+        _print_receipts(receipts)
+    if any(receipt.refusal for receipt in receipts):
         raise typer.Exit(RefusedError.exit_status)
     if not as_json:
-        next_steps("fedcompose coordinator compose")
+        waits = [each.contribution.dir_hash for each in receipts if each.outcome == "waiting" and each.contribution]
+        next_steps(
+            *(f"fedcompose coordinator receive --approve {digest[:16]} --by NAME --key KEY" for digest in waits),
+            "fedcompose coordinator compose",
+        )
 
 
 @app.command()
@@ -135,6 +155,12 @@ def compose(
         composition = train_router(
             admitted, lessons, base, settings, wanted.seed, target, experts=not attention_only, on_step=show
         )
+    with deciding(home, datetime.now(UTC)) as decisions:
+        decisions.record(
+            "composed", candidate=dir_hash(folder_digests(target)),
+            composition=sha256_file(target / "composition.json"),
+            experts=[expert["dirHash"] for expert in composition["experts"]],
+        )  # fmt: skip
     if as_json:
         print_json(composition)
         return
@@ -195,7 +221,7 @@ def release(home: Home = Path(), passphrase_file: PassphraseFile = None, as_json
     from fedcompose_coordinator.publish import release as publish
 
     config, federation, _ = _open(home, None)
-    signer = load_signer(home / config.key, passphrase_file)
+    signer = load_signer(config.key, passphrase_file, folder=home)
     made = publish(home, signer, federation, home / CANDIDATE, _admitted(home, federation), datetime.now(UTC))
     if as_json:
         print_json({"path": str(made.path), "dirHash": made.dir_hash})
@@ -234,10 +260,15 @@ def report(
 
 
 def _open(home: Path, fingerprints: list[str] | None) -> tuple[CoordinatorConfig, Federation, Base]:
-    """Settings, trusted federation, and the base, which must be one of the federation's."""
-    config = load_config(home)
+    """Settings, trusted federation, and the base, which must be one of the federation's.
+
+    The ledger and the clock are looked at first, so that nothing begins that could not be written down at its end.
+    """
+    config, now = load_config(home), datetime.now(UTC)
     envelope = read_limited(home / config.federation, MAX_JSON_BYTES)
-    federation = trusted_federation(envelope, fingerprints, datetime.now(UTC))
+    federation = trusted_federation(envelope, fingerprints, now)
+    with deciding(home, now):
+        pass
     base = resolve_base(config.base)
     known = {entry.dir_hash: entry.name for entry in federation.base_models}
     if base.digest not in known:
@@ -249,6 +280,28 @@ def _open(home: Path, fingerprints: list[str] | None) -> tuple[CoordinatorConfig
             fix="pull the same base with the same library versions, or have the roots list this one",
         )
     return config, federation, Base(known[base.digest], base.path, base.digest)
+
+
+def _as_json(receipt: Receipt) -> dict[str, Any]:
+    return {
+        "folder": str(receipt.source),
+        "outcome": receipt.outcome,
+        "digest": receipt.contribution.dir_hash if receipt.contribution else None,
+        "error": receipt.refusal.as_dict() if receipt.refusal else None,
+    }
+
+
+def _print_receipts(receipts: Sequence[Receipt]) -> None:
+    table = Table("outcome", "site", "kind", "digest", "folder", box=None)
+    for receipt in receipts:
+        made = receipt.contribution
+        known = (made.site, made.kind, made.dir_hash[:16]) if made else ("", "", "")
+        table.add_row(receipt.refusal.code if receipt.refusal else receipt.outcome, *known, Text(str(receipt.source)))
+    print_whole(table)
+    for receipt in receipts:
+        if receipt.refusal:
+            out.print(f"{receipt.refusal.diagnostics()}\n  kept in   {receipt.kept}", markup=False)
+            out.print(EXPLANATIONS.get(receipt.refusal.code, ""), markup=False)
 
 
 def _admitted(home: Path, federation: Federation) -> list[VerifiedContribution]:

@@ -20,10 +20,12 @@ from fedcompose.commands.keys import PassphraseFile
 from fedcompose.console import AsJson, next_steps, out, print_json
 from fedcompose.contribution import KINDS, Kind
 from fedcompose.errors import ConfigError
-from fedcompose.federation import Federation, format_time, trusted_federation
+from fedcompose.federation import Federation, format_time
 from fedcompose.files import MAX_JSON_BYTES, read_limited, write_atomic
 from fedcompose.keys import load_signer
+from fedcompose.trust_state import trusted_federation
 from fedcompose_coordinator.config import CONFIG_NAME, load_config
+from fedcompose_coordinator.decisions import deciding
 
 if TYPE_CHECKING:  # Flower takes seconds to import
     from fedcompose_coordinator.flower import Outcome, Step
@@ -56,14 +58,18 @@ def call(
     now = datetime.now(UTC)
     config = load_config(home)
     federation = trusted_federation(read_limited(home / config.federation, MAX_JSON_BYTES), None, now)
-    signer = load_signer(home / config.key, passphrase_file)
+    signer = load_signer(config.key, passphrase_file, folder=home)
     base = _agreed_base(federation, config.base)
     kinds = [_kind(name) for name in want] if want else list(KINDS)
-    deadline, nonce = now + timedelta(days=days), secrets.token_bytes(32)
-    envelope = make_call(federation, signer, base, kinds, deadline=deadline, now=now, nonce=nonce)
-    made = read_own_call(envelope)
-    path = home / "calls" / f"{made.id}.json"
-    write_atomic(path, envelope)
+    with deciding(home, now) as decisions:
+        envelope = make_call(
+            federation, signer, base, kinds, deadline=now + timedelta(days=days), now=now,
+            nonce=secrets.token_bytes(32), lora=config.call, ledger=decisions.head,
+        )  # fmt: skip
+        made = read_own_call(envelope)
+        path = home / "calls" / f"{made.id}.json"
+        decisions.record("called", call=made.id, sha256=made.digest)
+        write_atomic(path, envelope)
     if not as_json:
         called = ", ".join(f"{site.id} ({site.domain})" for site in made.sites)
         out.print(f"{path}: {called}, until {format_time(made.deadline)}", markup=False)

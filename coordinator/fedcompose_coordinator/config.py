@@ -7,6 +7,7 @@ from typing import Any
 
 from pydantic import Field
 
+from fedcompose.call import WantedLora
 from fedcompose.keys import Identifier
 from fedcompose.settings import Settings, read_settings
 
@@ -47,8 +48,11 @@ class CoordinatorConfig(Settings):
 
     id: Identifier
     base: str
-    key: Path
+    key: str
     federation: Path = Path("federation.json")
+    approvals: int = Field(0, ge=0)
+    approvers: dict[Identifier, Path] = Field(default_factory=dict)
+    call: WantedLora = WantedLora()
     compose: Compose = Compose()
     evaluate: Evaluate = Evaluate()
     domains: dict[Identifier, DeclaredDomain] = Field(default_factory=dict)

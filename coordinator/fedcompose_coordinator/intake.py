@@ -1,17 +1,17 @@
 """Step 7: take what sites sent into quarantine, verify it there, and admit it to the store or refuse it.
 
-Input: folders that anybody may have written. Output: `store/<dirHash>/`, read-only, and a line in `state.json`;
-or `quarantine/<time>-<digest>/` with `reason.json`. A folder is copied first, each file read once and within
-its limit; only the copy is verified, and only the store is ever loaded from, so that changing the original
-in between changes nothing.
+Input: folders that anybody may have written. Output: `store/<dirHash>/`, read-only, and lines in the ledger; or
+`quarantine/<time>-<digest>/` with `reason.json`. A folder is copied first, each file read once and within its
+limit; only the copy is verified, and only the store is ever loaded from, so that changing the original in
+between changes nothing. What lies in the store was verified; whether it is admitted, the ledger says.
 
 A site numbers what it signs. A number that is not above the last one is a replay, unless the folder is one
-that was admitted before: receiving twice is no error. Of one site and kind the newest contribution counts.
+that was received before: receiving twice is no error. A call is answered once by each site with each kind. Of
+one site and kind the newest contribution counts.
 """
 
 from __future__ import annotations
 
-import fcntl
 import logging
 import os
 import shutil
@@ -23,52 +23,38 @@ from datetime import datetime
 from pathlib import Path
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
-
-from fedcompose.call import MAX_CALL_BYTES, read_own_call
+from fedcompose.bases import Base, base_shapes, control_tokens
+from fedcompose.call import check_answer
 from fedcompose.contribution import (
     KINDS,
     OPTIONAL,
     REQUIRED,
-    Kind,
     ReceivedContribution,
     VerifiedContribution,
     kind_of,
     verify_contribution,
 )
 from fedcompose.errors import ConfigError, RefusedError
-from fedcompose.federation import Digest, Federation, Time
-from fedcompose.files import dir_hash, disk_errors, read_json, read_limited, sha256_hex, write_json
+from fedcompose.federation import Federation
+from fedcompose.files import dir_hash, disk_errors, sha256_hex, write_json
 from fedcompose.folder import check_names, copy_file, list_files
-from fedcompose.keys import Identifier
+from fedcompose.signing import Signer
+from fedcompose.traces import check_tokens
+from fedcompose_coordinator import approvals
+from fedcompose_coordinator.approvals import Rule
+from fedcompose_coordinator.decisions import Decisions, Known, decided, deciding, own_calls
 
 log = logging.getLogger(__name__)
 
-STATE_FILE = "state.json"
 STORE = "store"
 QUARANTINE = "quarantine"
 REASON_FILE = "reason.json"
+MAX_SITE_BYTES = 64 << 30  # of one site in the store; some thirty of the largest adapters
+MAX_QUARANTINE_BYTES = 64 << 30  # beyond it, only the reason of a refusal is kept
+MIN_DIGEST_CHARS = 8  # by which a person may name a contribution that waits
+NO_APPROVALS = Rule()
 # The federation no longer stands behind the signer: its contribution is left out, and nothing else is wrong.
 LEFT_OUT = frozenset({"KEY_UNKNOWN", "KEY_REVOKED", "SITE_SUSPENDED"})
-
-
-class Admission(BaseModel):
-    """One admitted contribution, as `state.json` remembers it by its dirHash."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
-
-    site: Identifier
-    domain: Identifier
-    kind: Kind
-    sequence: int
-    received_on: Time = Field(alias="receivedOn")
-
-
-class _State(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
-
-    schema_: Literal["fedcompose/intake/v1"] = Field(alias="schema")
-    admitted: dict[Digest, Admission]
 
 
 @dataclass(frozen=True)
@@ -76,7 +62,7 @@ class Receipt:
     """What became of one folder: `contribution` if it is in the store, else `refusal` and where the rest lies."""
 
     source: Path
-    outcome: Literal["admitted", "already admitted", "refused"]
+    outcome: Literal["admitted", "already admitted", "waiting", "refused"]
     contribution: VerifiedContribution | None = None
     refusal: RefusedError | None = None
     kept: Path | None = None
@@ -86,17 +72,21 @@ def receive(
     dirs: Sequence[Path],
     home: Path,
     federation: Federation,
-    base_shapes: Mapping[str, tuple[int, int]],
+    base: Base,
     now: datetime,
+    rule: Rule = NO_APPROVALS,
 ) -> list[Receipt]:
     """Judge each folder on its own: an `adapter/` or `traces/` folder, or one that holds such folders.
 
-    `base_shapes` are the linear layers of the federation's base. One refusal does not stop the others.
+    One refusal does not stop the others. What `rule` asks approvals for waits until it has them.
 
-    Raises: ConfigError: `FOLDER_MISSING`, `INTAKE_STATE_INVALID`.
+    Raises: ConfigError: `FOLDER_MISSING`, `STATE_INVALID`. RefusedError: what is wrong with this coordinator's own
+        clock or ledger, as `deciding`.
     """
     sources = [source for given in dirs for source in contribution_folders(given)]
-    return [_receive_one(source, home, federation, base_shapes, now) for source in sources]
+    with deciding(home, now) as decisions:
+        _clear(home)
+        return [_receive_one(source, decisions, federation, base, rule) for source in sources]
 
 
 def contribution_folders(given: Path) -> list[Path]:
@@ -105,17 +95,39 @@ def contribution_folders(given: Path) -> list[Path]:
     return found or [given]
 
 
+def approve(
+    home: Path, federation: Federation, contribution: str, name: str, signer: Signer, rule: Rule, now: datetime
+) -> Receipt:
+    """Approve a waiting contribution, named by the first characters of its digest; admit it if that suffices.
+
+    It is verified once more, under the federation file of today. Approving twice is no error.
+
+    Raises: ConfigError: `APPROVAL_NOT_WAITING`, `APPROVER_UNKNOWN`. RefusedError: `APPROVER_KEY`, and whatever has
+        become wrong with the contribution.
+    """
+    with deciding(home, now) as decisions:
+        digest = _waiting(decisions, contribution)
+        found = _from_store(home, digest, decisions.contributions[digest], federation)
+        if name not in _approvers(decisions, rule, federation, digest):
+            signed = approvals.approve(home, rule, federation.id, digest, name, signer, decisions.now)
+            decisions.record("approved", contribution=digest, by=name, key=signer.keyid, approval=signed)
+        return _admit(decisions, rule, federation, found, found.path)
+
+
 def admitted(home: Path, federation: Federation) -> list[VerifiedContribution]:
     """The newest admitted contribution of each site and kind, verified again from the store, by site name.
 
-    Each is judged as of the time it was received. A site that the federation has suspended since is left out.
+    Each is judged as of the time it was received. A site that the federation has suspended since is left out; of what
+    was signed before its key was compromised, a warning tells.
 
-    Raises: RefusedError: if a folder of the store was altered. ConfigError: `INTAKE_STATE_INVALID`.
+    Raises: RefusedError: if a folder of the store was altered, or the ledger. ConfigError: `STATE_INVALID`.
     """
-    newest: dict[tuple[str, str], tuple[str, Admission]] = {}
-    for digest, entry in _read_state(home / STATE_FILE).items():
+    newest: dict[tuple[str, str], tuple[str, Known]] = {}
+    for digest, entry in decided(home).items():
         known = newest.get((entry.site, entry.kind))
-        if known is None or known[1].sequence < entry.sequence:
+        if not entry.admitted:
+            log.warning("%s of site %s was received and waits to be admitted: %s", entry.kind, entry.site, digest)
+        elif known is None or known[1].sequence < entry.sequence:
             newest[entry.site, entry.kind] = (digest, entry)
     contributions = []
     for digest, entry in (newest[key] for key in sorted(newest)):
@@ -125,31 +137,31 @@ def admitted(home: Path, federation: Federation) -> list[VerifiedContribution]:
             if error.code not in LEFT_OUT:
                 raise
             log.warning("site %s is left out: %s", entry.site, error.code)
+    for doubt in {federation.doubts(each.keyid) for each in contributions} - {None}:
+        log.warning("%s", doubt)
     return contributions
 
 
-def _receive_one(
-    source: Path,
-    home: Path,
-    federation: Federation,
-    base_shapes: Mapping[str, tuple[int, int]],
-    now: datetime,
-) -> Receipt:
-    with _locked(home), _quarantined(home) as copy:
+def _receive_one(source: Path, decisions: Decisions, federation: Federation, base: Base, rule: Rule) -> Receipt:
+    home = decisions.home
+    with _quarantined(home) as copy:
         digests: dict[str, str] = {}
         try:
             _copy(source, copy, digests)
-            found = verify_contribution(ReceivedContribution(copy), federation, now=now, base_shapes=base_shapes)
-            state = _read_state(home / STATE_FILE)
-            if found.dir_hash in state:
-                entry = state[found.dir_hash]
-                kept = _from_store(home, found.dir_hash, entry, federation)
-                return Receipt(source, "already admitted", contribution=kept)
-            _check_fresh(found, state)
-            _check_call(found, home)
+            found = verify_contribution(
+                ReceivedContribution(copy), federation, now=decisions.now, base_shapes=base_shapes(base)
+            )
+            known = decisions.contributions.get(found.dir_hash)
+            if known is not None:
+                found = _from_store(home, found.dir_hash, known, federation)
+            else:
+                _check_new(found, decisions, base)
+                found = _store(decisions, copy, found)
         except RefusedError as error:
-            return Receipt(source, "refused", refusal=error, kept=_keep(home, copy, digests, error, now))
-        return Receipt(source, "admitted", contribution=_admit(home, copy, found, state))
+            return Receipt(source, "refused", refusal=error, kept=_refuse(decisions, copy, digests, error))
+        if known is not None and known.admitted:
+            return Receipt(source, "already admitted", contribution=found)
+        return _admit(decisions, rule, federation, found, source)
 
 
 def _copy(source: Path, copy: Path, digests: dict[str, str]) -> None:
@@ -162,60 +174,134 @@ def _copy(source: Path, copy: Path, digests: dict[str, str]) -> None:
         digests[name] = copy_file(source, name, limits[name], copy / name)
 
 
-def _check_fresh(found: VerifiedContribution, state: Mapping[str, Admission]) -> None:
+# --- what only the coordinator can check ----------------------------------------------------------
+
+
+def _check_new(found: VerifiedContribution, decisions: Decisions, base: Base) -> None:
+    """What a contribution must be besides well made: new, asked for, for this base, not too much."""
+    ours = [known for known in decisions.contributions.values() if known.site == found.site]
+    same = [known for known in ours if known.kind == found.kind]
+    _check_sequence(found, same)
+    _check_call(found, decisions.home, same)
+    _check_quota(found, ours)
+    if found.provenance.base.dir_hash != base.digest:
+        raise RefusedError(
+            "BASE_MISMATCH",
+            "the contribution is for another base than this coordinator composes on",
+            expected=base.digest,
+            got=found.provenance.base.dir_hash,
+        )
+    if found.kind == "traces":
+        check_tokens(found.traces(), control_tokens(base))
+
+
+def _check_sequence(found: VerifiedContribution, same: Sequence[Known]) -> None:
     """A site's numbers rise, for each kind.
 
     Raises: RefusedError: `REPLAYED`.
     """
-    same = (entry for entry in state.values() if (entry.site, entry.kind) == (found.site, found.kind))
-    last = max((entry.sequence for entry in same), default=0)
+    last = max((known.sequence for known in same), default=0)
     if found.provenance.sequence <= last:
         raise RefusedError(
             "REPLAYED",
-            f"site {found.site} sent a contribution that is older than one admitted before",
+            f"site {found.site} sent a contribution that is older than one received before",
             expected=f"a sequence number above {last}",
             got=f"{found.provenance.sequence}",
             fix="ask the site to contribute again",
         )
 
 
-def _check_call(found: VerifiedContribution, home: Path) -> None:
-    """A contribution that names a call answers one of ours; one carried by hand may name none.
+def _check_call(found: VerifiedContribution, home: Path, same: Sequence[Known]) -> None:
+    """A contribution that names a call answers one of ours, as it asks and once; one carried by hand may name none.
 
-    Raises: RefusedError: `CALL_UNKNOWN`.
+    Raises: RefusedError: `CALL_UNKNOWN`, `CALL_ANSWERED`, and all that `check_answer` raises.
     """
     claimed = found.provenance.call
     if claimed is None:
         return
-    calls = [read_own_call(read_limited(path, MAX_CALL_BYTES)) for path in (home / "calls").glob("*.json")]
-    if (claimed.id, claimed.nonce) not in {(call.id, call.nonce) for call in calls}:
+    calls = [call for call in own_calls(home) if call.id == claimed.id]
+    if not calls:
         raise RefusedError("CALL_UNKNOWN", "the contribution answers a call that was not made here", got=claimed.id)
+    check_answer(calls[0], found)
+    if any(known.call == claimed.id for known in same):
+        raise RefusedError(
+            "CALL_ANSWERED",
+            f"site {found.site} has answered the call {claimed.id} with other {found.kind} before",
+            fix="make a new call: fedcompose coordinator call",
+        )
 
 
-def _admit(home: Path, copy: Path, found: VerifiedContribution, state: Mapping[str, Admission]) -> VerifiedContribution:
+def _check_quota(found: VerifiedContribution, ours: Sequence[Known]) -> None:
+    total = sum(known.bytes for known in ours) + _size(found.path)
+    if total > MAX_SITE_BYTES:
+        raise RefusedError(
+            "SITE_QUOTA",
+            f"site {found.site} has too much in the store",
+            expected=f"at most {MAX_SITE_BYTES} bytes",
+            got=f"{total} with this one",
+        )
+
+
+# --- store and quarantine -------------------------------------------------------------------------
+
+
+def _store(decisions: Decisions, copy: Path, found: VerifiedContribution) -> VerifiedContribution:
     """Move the verified copy into the store, then write it down; a crash in between leaves it unlisted."""
-    target = home / STORE / found.dir_hash
+    target = decisions.home / STORE / found.dir_hash
+    size = _size(copy)
     with disk_errors(target):
         target.parent.mkdir(mode=0o700, exist_ok=True)
+        target.parent.chmod(0o700)
         if target.exists():  # left by such a crash
             shutil.rmtree(target)
         copy.replace(target)
-    entry = Admission(
-        site=found.site,
-        domain=found.domain,
-        kind=found.kind,
-        sequence=found.provenance.sequence,
-        receivedOn=found.received_on,
-    )
-    changed = _State(schema="fedcompose/intake/v1", admitted={**state, found.dir_hash: entry})
-    write_json(home / STATE_FILE, changed.model_dump(mode="json", by_alias=True))
+        for folder in (target, target.parent):
+            _sync(folder)
+    answered = {} if found.provenance.call is None else {"call": found.provenance.call.id}
+    decisions.record(
+        "received", contribution=found.dir_hash, site=found.site, domain=found.domain, kind=found.kind,
+        sequence=found.provenance.sequence, key=found.keyid, bytes=size, **answered,
+    )  # fmt: skip
     return replace(found, path=target)
 
 
-def _keep(home: Path, copy: Path, digests: Mapping[str, str], error: RefusedError, now: datetime) -> Path:
-    """Keep what was copied, and why it was refused, for a person to look at."""
+def _admit(
+    decisions: Decisions, rule: Rule, federation: Federation, found: VerifiedContribution, source: Path
+) -> Receipt:
+    """Admit what is in the store, unless it still waits for approvals."""
+    if len(_approvers(decisions, rule, federation, found.dir_hash)) < rule.needed:
+        return Receipt(source, "waiting", contribution=found)
+    decisions.record("admitted", contribution=found.dir_hash)
+    return Receipt(source, "admitted", contribution=found)
+
+
+def _approvers(decisions: Decisions, rule: Rule, federation: Federation, digest: str) -> set[str]:
+    recorded = decisions.contributions[digest].approvals
+    return approvals.approved_by(decisions.home, rule, federation.id, digest, recorded)
+
+
+def _waiting(decisions: Decisions, beginning: str) -> str:
+    """The one waiting contribution whose digest begins so."""
+    waiting = [digest for digest, known in decisions.contributions.items() if not known.admitted]
+    named = [digest for digest in waiting if len(beginning) >= MIN_DIGEST_CHARS and digest.startswith(beginning)]
+    if len(named) != 1:
+        raise ConfigError(
+            "APPROVAL_NOT_WAITING",
+            f"no contribution, or more than one, waits under {beginning[:64]!a}",
+            expected=f"at least {MIN_DIGEST_CHARS} characters of: " + (", ".join(waiting) or "nothing waits"),
+        )
+    return named[0]
+
+
+def _refuse(decisions: Decisions, copy: Path, digests: Mapping[str, str], error: RefusedError) -> Path:
+    """Write the refusal down, and keep what was copied, and why it was refused, for a person to look at."""
     digest = dir_hash(digests) if digests else sha256_hex(error.diagnostics().encode())
-    kept = home / QUARANTINE / f"{now:%Y%m%dT%H%M%SZ}-{digest[:16]}"
+    decisions.record("refused", contribution=digest, code=error.code)
+    quarantine = decisions.home / QUARANTINE
+    if _size(quarantine) > MAX_QUARANTINE_BYTES:
+        for path in copy.iterdir():
+            path.unlink()
+    kept = quarantine / f"{decisions.now:%Y%m%dT%H%M%SZ}-{digest[:16]}"
     write_json(copy / REASON_FILE, error.as_dict())
     if kept.exists():
         shutil.rmtree(kept)
@@ -223,21 +309,12 @@ def _keep(home: Path, copy: Path, digests: Mapping[str, str], error: RefusedErro
     return kept
 
 
-def _from_store(home: Path, digest: str, entry: Admission, federation: Federation) -> VerifiedContribution:
+def _from_store(home: Path, digest: str, entry: Known, federation: Federation) -> VerifiedContribution:
     folder = home / STORE / digest
     found = verify_contribution(ReceivedContribution(folder), federation, now=entry.received_on)
     if found.dir_hash != digest:
-        raise RefusedError("FILE_CHANGED", f"{folder} does not hold what was admitted", got=found.dir_hash)
+        raise RefusedError("FILE_CHANGED", f"{folder} does not hold what was received", got=found.dir_hash)
     return found
-
-
-def _read_state(path: Path) -> Mapping[str, Admission]:
-    if not path.exists():
-        return {}
-    try:
-        return _State.model_validate(read_json(path)).admitted
-    except (ValidationError, RefusedError) as error:
-        raise ConfigError("INTAKE_STATE_INVALID", f"{path} cannot be read", fix="restore it from a backup") from error
 
 
 @contextmanager
@@ -253,13 +330,20 @@ def _quarantined(home: Path) -> Iterator[Path]:
         shutil.rmtree(copy, ignore_errors=True)
 
 
-@contextmanager
-def _locked(home: Path) -> Iterator[None]:
-    """One intake at a time for a coordinator's folder."""
-    home.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(home / ".intake.lock", os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600)
+def _clear(home: Path) -> None:
+    """Remove copies that an intake left when it was killed; nobody else is receiving now."""
+    for left in (home / QUARANTINE).glob(".receiving-*"):
+        shutil.rmtree(left, ignore_errors=True)
+
+
+def _size(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+def _sync(folder: Path) -> None:
+    """Make the names in a folder last, so that no line of the ledger outlives what it speaks of."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
+        os.fsync(descriptor)
     finally:
         os.close(descriptor)

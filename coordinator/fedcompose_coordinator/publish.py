@@ -2,8 +2,8 @@
 
 Input: `candidate/` (composition, router, attention LoRA), the admitted contributions it was composed from, the
 federation file and, if there is one, `evaluation.json`. Output: `release/`, which appears only after it was
-verified as anybody will verify it. The sites' folders go in byte for byte, with their own signatures; traces
-do not go in.
+verified as anybody will verify it, and written down in the ledger, whose head before that is in its provenance.
+The sites' folders go in byte for byte, with their own signatures; traces do not go in.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from fedcompose.errors import ConfigError, RefusedError
 from fedcompose.federation import Federation, read_federation
 from fedcompose.files import MAX_JSON_BYTES, folder_digests, new_folder, read_limited, write_atomic, write_json
 from fedcompose.folder import copy_file
+from fedcompose.ledger import Head
 from fedcompose.provenance import (
     PROVENANCE_FILE,
     BaseReference,
@@ -43,6 +44,8 @@ from fedcompose.release import (
     verify_release,
 )
 from fedcompose.signing import SIGNATURE_FILE, Signer, sign_files
+from fedcompose.trust_state import accepted_revocations
+from fedcompose_coordinator.decisions import deciding
 
 RELEASE = "release"
 
@@ -57,30 +60,35 @@ def release(
 ) -> VerifiedRelease:
     """Write and sign `release/` in the coordinator's folder; an older one is replaced.
 
-    `federation` is the content of `federation.json` in that folder. Of `contributions` those are taken that the
-    candidate was composed from.
+    `federation` is the content of `federation.json` in that folder, and of the revocation list that this machine
+    has accepted. Of `contributions` those are taken that the candidate was composed from.
 
-    Raises: ConfigError: `FEDERATION_DIFFERS`, `INGREDIENT_MISSING`. RefusedError: whatever `verify_release` refuses.
+    Raises: ConfigError: `FEDERATION_DIFFERS`, `INGREDIENT_MISSING`. RefusedError: whatever `verify_release` refuses,
+        and what is wrong with this coordinator's own clock or ledger, as `deciding`.
     """
     envelope = read_limited(home / FEDERATION_FILE, MAX_JSON_BYTES)
     stated, roots = read_federation(envelope)
-    if stated != federation:
+    if stated.with_revocations(accepted_revocations(stated.id)) != federation:
         raise ConfigError("FEDERATION_DIFFERS", f"{home / FEDERATION_FILE} is not the federation file in use")
     coordinator, _ = federation.coordinator_key(signer.keyid, now)
     composition = parse_composition(read_limited(candidate / COMPOSITION_FILE, MAX_JSON_BYTES))
     ingredients = _ingredients(composition, contributions)
     target = home / RELEASE
-    with new_folder(target) as folder:
+    with deciding(home, now) as decisions, new_folder(target) as folder:
         _copy_candidate(candidate, folder, composition)
         if (home / EVALUATION_FILE).is_file():
             _copy(home, folder, EVALUATION_FILE, MAX_JSON_BYTES)
         write_atomic(folder / FEDERATION_FILE, envelope)
         for contribution in ingredients:
             _copy_ingredient(contribution, folder / INGREDIENTS_FOLDER / contribution.site)
-        claims = _claims(folder, federation, coordinator.id, composition, ingredients, now)
+        claims = _claims(folder, federation, coordinator.id, composition, ingredients, decisions.head, now)
         write_json(folder / PROVENANCE_FILE, build_release_provenance(claims))
         write_atomic(folder / SIGNATURE_FILE, sign_files(RELEASE, folder_digests(folder), signer))
         found = verify_release(ReceivedRelease(folder), roots, now)
+        decisions.record(
+            "released", release=found.dir_hash, composition=found.digests[COMPOSITION_FILE],
+            experts=[each.dir_hash for each in ingredients],
+        )  # fmt: skip
     experts = (replace(expert, path=target / INGREDIENTS_FOLDER / expert.site) for expert in found.experts)
     return replace(found, path=target, experts=tuple(experts))
 
@@ -127,6 +135,7 @@ def _claims(
     coordinator: str,
     composition: Composition,
     ingredients: Sequence[VerifiedContribution],
+    ledger: Head,
     now: datetime,
 ) -> ReleaseProvenance:
     return ReleaseProvenance(
@@ -134,6 +143,7 @@ def _claims(
         federation_version=federation.version,
         coordinator=coordinator,
         method=composition.method,
+        ledger=ledger,
         base=BaseReference(name=composition.base.name, dir_hash=composition.base.dir_hash),
         ingredients=tuple(
             Ingredient(

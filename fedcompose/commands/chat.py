@@ -14,7 +14,7 @@ from rich.text import Text
 from fedcompose.commands.serve import BaseRef, Folder, Roots, load_engine, require_packages
 from fedcompose.console import AsJson, err, out, print_json
 from fedcompose.errors import ConfigError
-from fedcompose.release import ReceivedRelease, VerifiedRelease, verify_release
+from fedcompose.release import ReceivedRelease, VerifiedRelease, verify_for_use
 
 if TYPE_CHECKING:  # torch takes seconds to import
     from fedcompose.serve.engine import Answer, Engine, Settings, Token
@@ -45,7 +45,7 @@ def chat(
     """
     if as_json and prompt is None:
         raise ConfigError("PROMPT_MISSING", "--json answers one prompt", fix="give --prompt TEXT")
-    release = verify_release(ReceivedRelease(folder), root_fingerprint)
+    release = verify_for_use(ReceivedRelease(folder), root_fingerprint)
     require_packages("model", "torch", "transformers", "peft")
     engine = load_engine(release, base)
     from fedcompose.serve.engine import Settings

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import socket
 from contextlib import suppress
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -12,7 +13,7 @@ import typer
 
 from fedcompose.console import err, out
 from fedcompose.errors import ConfigError, MissingError
-from fedcompose.release import ReceivedRelease, VerifiedRelease, verify_release
+from fedcompose.release import ReceivedRelease, VerifiedRelease, cautions, verify_for_use
 
 if TYPE_CHECKING:  # torch takes seconds to import
     from fedcompose.serve.engine import Engine
@@ -48,7 +49,7 @@ def serve(
 
     Example: fedcompose serve release
     """
-    release = verify_release(ReceivedRelease(folder), root_fingerprint)
+    release = verify_for_use(ReceivedRelease(folder), root_fingerprint)
     require_packages("serve", "fastapi", "uvicorn", "torch", "transformers", "peft")
     import uvicorn
 
@@ -83,6 +84,8 @@ def load_engine(release: VerifiedRelease, base: str | None) -> Engine:
     """
     from fedcompose.bases import resolve_base
 
+    for caution in cautions(release, datetime.now(UTC)):
+        err.print(f"! {caution}", markup=False, style="yellow")
     err.print(
         f"Verified. Loading {release.composition['base']['name']} and {len(release.experts)} experts.", markup=False
     )

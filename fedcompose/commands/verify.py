@@ -1,40 +1,91 @@
-"""`fedcompose verify` and `fedcompose inspect`: check a folder somebody signed, and say what it is.
+"""`fedcompose verify` and `fedcompose inspect`: check what somebody signed, and say what it is.
 
-Neither loads a tensor library, so that a machine with nothing but this distribution can check a release.
+Neither loads a tensor library, so that a machine with nothing but this distribution can check a release. The chain that
+`verify` prints, from the roots down to each expert, is put into words in `chain.py`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Annotated, TypeAlias
+from typing import Annotated
 
 import typer
 
 from fedcompose.bases import Base, base_shapes, resolve_base
+from fedcompose.commands.chain import Chain, contribution_chain, file_chain, release_chain
 from fedcompose.commands.inspect import Facts, aligned, contribution_facts, release_facts, show, unverified_facts
 from fedcompose.console import AsJson, err, out, print_json
-from fedcompose.contribution import KINDS, ReceivedContribution, VerifiedContribution, verify_contribution
+from fedcompose.contribution import (
+    KINDS,
+    ReceivedContribution,
+    VerifiedContribution,
+    check_federation,
+    verify_contribution,
+)
 from fedcompose.errors import ConfigError, MissingError, RefusedError
-from fedcompose.federation import Federation, format_time, trusted_federation
+from fedcompose.federation import (
+    Federation,
+    OpenedFile,
+    check_current,
+    check_given,
+    check_holders,
+    check_order,
+    check_roots,
+    check_threshold,
+    claimed_federation,
+    open_federation,
+)
 from fedcompose.files import MAX_JSON_BYTES, read_limited
-from fedcompose.release import COMPOSITION_FILE, ReceivedRelease, VerifiedRelease, verify_release
-
-Verified: TypeAlias = VerifiedRelease | VerifiedContribution
-Row: TypeAlias = tuple[str, str, str]  # what was checked, who or what it is, details
+from fedcompose.folder import read_file
+from fedcompose.provenance import PROVENANCE_FILE, parse_provenance, parse_release_provenance
+from fedcompose.release import (
+    COMPOSITION_FILE,
+    ReceivedRelease,
+    VerifiedRelease,
+    cautions,
+    judge_today,
+    newest_known,
+    verify_release,
+)
+from fedcompose.trust_state import (
+    accepted_federation,
+    accepted_file,
+    pinned,
+    remembered_federation,
+    trusted_federation,
+)
 
 DEFAULT_FEDERATION = Path("federation.json")
-SHORT = 12  # characters of a digest on a terminal; `--json` has them whole
 
-Folder = Annotated[Path, typer.Argument(metavar="DIR", help="A release, a contribution, or an outbox.")]
+Signed = Annotated[
+    Path, typer.Argument(metavar="PATH", help="A release, a contribution, an outbox, or a federation file.")
+]
 Roots = Annotated[
     list[str] | None,
-    typer.Option(metavar="KEYID", help="A root's fingerprint, got from its owner. Repeatable."),
+    typer.Option(
+        metavar="KEYID",
+        help="A root's fingerprint, got from its owner, where this machine does not know the federation. Repeatable. "
+        "It is used for this check and not remembered.",
+    ),
 ]
 File = Annotated[
     Path | None,
-    typer.Option("--federation", help="The federation file; for a contribution ./federation.json is the default."),
+    typer.Option(
+        "--federation",
+        help="A federation file. It is accepted on this machine, as by `fedcompose federation accept`, by the roots "
+        "that are named or known, and then used. For a contribution the default is ./federation.json, or else the "
+        "version that this machine has accepted.",
+    ),
+]
+Now = Annotated[
+    bool,
+    typer.Option(
+        "--now/--at-composition",
+        help="Judge a release by the newest federation file known here, which must be current; or as of the day it was "
+        "made, so that archives stay verifiable. What is known to be withdrawn since is refused either way.",
+    ),
 ]
 
 
@@ -44,20 +95,36 @@ def register(app: typer.Typer) -> None:
     app.command()(inspect)
 
 
-def verify(folder: Folder, root_fingerprint: Roots = None, federation: File = None, as_json: AsJson = False) -> None:
-    """Check everything about a signed folder: exit 0, or 1 with the reason.
+def verify(
+    path: Signed, root_fingerprint: Roots = None, federation: File = None, now: Now = False, as_json: AsJson = False
+) -> None:
+    """Check everything about something signed, and print who vouches for what: exit 0, or 1 with the reason.
+
+    A contribution and a federation file are always judged as of now.
 
     Example: fedcompose verify release --root-fingerprint 9f1c...
     """
-    found = _verified(folder, root_fingerprint, federation)
+    at = datetime.now(UTC)
+    if path.is_file():
+        chains = [file_chain(_verified_file(path, root_fingerprint, at), path)]
+        facts = [{"kind": "federation file", "path": str(path)}]
+    else:
+        found = _verified(path, root_fingerprint, federation, at, now)
+        chains, facts = [_chain(each, at, now) for each in found], [_facts(each).as_dict() for each in found]
     if as_json:
-        print_json({"verified": True, "folders": [_facts(each).as_dict() for each in found]})
+        folders = [fact | chain.as_dict() for fact, chain in zip(facts, chains, strict=True)]
+        print_json({"verified": True, "folders": folders})
         return
-    for each in found:
-        _print_checks(each)
+    for chain in chains:
+        _print(chain)
 
 
-def inspect(folder: Folder, root_fingerprint: Roots = None, federation: File = None, as_json: AsJson = False) -> None:
+def inspect(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A release, a contribution, or an outbox.")],
+    root_fingerprint: Roots = None,
+    federation: File = None,
+    as_json: AsJson = False,
+) -> None:
     """Say who made a signed folder, from what, its sizes, licences and numbers.
 
     Without a reason to trust its roots the content is shown as UNVERIFIED.
@@ -65,7 +132,8 @@ def inspect(folder: Folder, root_fingerprint: Roots = None, federation: File = N
     Example: fedcompose inspect release
     """
     try:
-        facts = [_facts(each) for each in _verified(folder, root_fingerprint, federation)]
+        found = _verified(folder, root_fingerprint, federation, datetime.now(UTC), today=False)
+        facts = [_facts(each) for each in found]
     except (RefusedError, ConfigError) as error:
         if error.code not in ("TRUST_ROOT_UNKNOWN", "FEDERATION_MISSING") or root_fingerprint:
             raise
@@ -78,17 +146,50 @@ def inspect(folder: Folder, root_fingerprint: Roots = None, federation: File = N
         show(each)
 
 
-def _verified(folder: Path, fingerprints: Collection[str] | None, federation_file: Path | None) -> list[Verified]:
-    now = datetime.now(UTC)
+def _verified(
+    folder: Path, fingerprints: Collection[str] | None, file: Path | None, at: datetime, today: bool
+) -> list[VerifiedRelease] | list[VerifiedContribution]:
     folders = _folders(folder)
     if is_release(folders[0]):
-        if federation_file is not None:
-            trusted_federation(read_limited(federation_file, MAX_JSON_BYTES), fingerprints, now)
-        return [verify_release(ReceivedRelease(folders[0]), fingerprints, now)]
-    trusted = trusted_federation(_federation_file(federation_file), fingerprints, now)
-    base = _base_here(trusted)
+        return [_verified_release(folders[0], fingerprints, file, at, today)]
+    federation = _federation_for(folders[0], fingerprints, file, at)
+    base = _base_here(federation)
     shapes = base_shapes(base) if base else None
-    return [verify_contribution(ReceivedContribution(path), trusted, now=now, base_shapes=shapes) for path in folders]
+    return [verify_contribution(ReceivedContribution(path), federation, now=at, base_shapes=shapes) for path in folders]
+
+
+def _verified_release(
+    folder: Path, fingerprints: Collection[str] | None, file: Path | None, at: datetime, today: bool
+) -> VerifiedRelease:
+    if file is not None:
+        given = trusted_federation(read_limited(file, MAX_JSON_BYTES), fingerprints, at)
+        claims = parse_release_provenance(read_file(folder, PROVENANCE_FILE, MAX_JSON_BYTES))
+        check_federation(claims.federation, given.version, given)
+    release = verify_release(ReceivedRelease(folder), fingerprints, at)
+    if today:
+        newest = newest_known(release)
+        check_current(newest, at)
+        judge_today(release, newest)
+    return release
+
+
+def _verified_file(path: Path, fingerprints: Collection[str] | None, at: datetime) -> OpenedFile:
+    """A federation file that `federation accept` would accept; nothing is remembered."""
+    envelope = read_limited(path, MAX_JSON_BYTES)
+    federation_id = claimed_federation(envelope)
+    accepted, pin = accepted_file(federation_id), pinned(federation_id)
+    opened = open_federation(envelope, accepted[1].federation if accepted else None)
+    check_threshold(opened)
+    if fingerprints:
+        check_given(opened, fingerprints)
+    if accepted is not None and pin is not None:
+        check_order(opened, pin)
+        check_roots(opened, pin)
+        check_holders(opened.federation, accepted[1].federation)
+    elif not fingerprints:
+        remembered_federation(envelope, at)  # says that nothing is known here
+    check_current(opened.federation, at)
+    return opened
 
 
 def _folders(folder: Path) -> list[Path]:
@@ -102,16 +203,22 @@ def is_release(folder: Path) -> bool:
     return (folder / COMPOSITION_FILE).exists()
 
 
-def _federation_file(given: Path | None) -> bytes:
-    path = given or DEFAULT_FEDERATION
-    if not path.is_file():
+def _federation_for(folder: Path, fingerprints: Collection[str] | None, file: Path | None, at: datetime) -> Federation:
+    """The federation file to judge a contribution by: the one given, the one in this folder, or the one accepted."""
+    path = file or DEFAULT_FEDERATION
+    if path.is_file():
+        return trusted_federation(read_limited(path, MAX_JSON_BYTES), fingerprints, at)
+    claimed = parse_provenance(read_file(folder, PROVENANCE_FILE, MAX_JSON_BYTES)).federation
+    accepted = accepted_federation(claimed) if file is None else None
+    if accepted is None:
         raise ConfigError(
             "FEDERATION_MISSING",
             "a contribution is checked against its federation file, which is not here",
             got=str(path),
             fix="--federation FILE",
         )
-    return read_limited(path, MAX_JSON_BYTES)
+    check_current(accepted, at)
+    return accepted
 
 
 def _base_here(federation: Federation) -> Base | None:
@@ -126,58 +233,23 @@ def _base_here(federation: Federation) -> Base | None:
     return None
 
 
-def _facts(found: Verified) -> Facts:
+def _facts(found: VerifiedRelease | VerifiedContribution) -> Facts:
     return release_facts(found) if isinstance(found, VerifiedRelease) else contribution_facts(found)
 
 
-def _print_checks(found: Verified) -> None:
-    release = isinstance(found, VerifiedRelease)
-    rows = _release_rows(found) if isinstance(found, VerifiedRelease) else _contribution_rows(found)
-    out.print(f"{'Release' if release else 'Contribution'} {found.path}", markup=False)
-    for line in aligned([(f"✓ {check}", who, details) for check, who, details in rows]):
+def _chain(found: VerifiedRelease | VerifiedContribution, at: datetime, today: bool) -> Chain:
+    if isinstance(found, VerifiedRelease):
+        return release_chain(found, cautions(found, at), "now" if today else "at composition")
+    return contribution_chain(found)
+
+
+def _print(chain: Chain) -> None:
+    out.print(chain.title, markup=False)
+    for line in aligned([(f"✓ {link.check}", link.who, link.details) for link in chain.links]):
         out.print(line, markup=False, style="green")
-    out.print(f"Verified. dirHash {found.dir_hash}\n", markup=False)
-
-
-def _release_rows(release: VerifiedRelease) -> Iterable[Row]:
-    federation, claims = release.federation, release.provenance
-    yield (
-        "federation file",
-        federation.name,
-        f"version {federation.version}, signed by roots trusted here, valid on {format_time(claims.finished)}",
-    )
-    yield (
-        "coordinator's signature",
-        claims.coordinator,
-        f"key {release.keyid[:SHORT]}, over {len(release.digests)} files, each as it was signed",
-    )
-    yield "base", claims.base.name, f"dirHash {claims.base.dir_hash[:SHORT]}, one of the federation's"
-    for row, expert in enumerate(release.experts):
-        yield (
-            f"expert {row}",
-            f"{expert.site} · {expert.domain}",
-            f"site's signature, key {expert.keyid[:SHORT]}, received {format_time(expert.received_on)}, same base",
-        )
-    yield "router", f"{len(release.experts)} experts", "one row each, in this order"
-
-
-def _contribution_rows(found: VerifiedContribution) -> Iterable[Row]:
-    claims = found.provenance
-    yield "site's signature", f"{found.site} · {found.domain}", f"key {found.keyid[:SHORT]}, active and in its time"
-    yield "files", f"{len(found.digests)} signed files", "each with the signed digest, and no others"
-    yield (
-        "provenance",
-        f"sequence {claims.sequence}",
-        f"this federation, own site and domain, to be received before {format_time(claims.expires)}",
-    )
-    yield "base", claims.base.name, f"dirHash {claims.base.dir_hash[:SHORT]}, one of the federation's"
-    if claims.lora is not None:
-        targets = ", ".join(claims.lora.targets)
-        yield (
-            "adapter",
-            f"LoRA of rank {claims.lora.r}",
-            f"exactly the tensors that {targets} imply, finite and bounded",
-        )
-    if claims.traces is not None:
-        counts = ", ".join(f"{count} of class {name}" for name, count in sorted(claims.traces.classes.items()))
-        yield "traces", counts, "no chat markers or hidden characters"
+    for warning in chain.warnings:
+        out.print(f"! {warning}", markup=False, style="yellow")
+    out.print(f"{chain.verdict}\nNo signature shows:", markup=False)
+    for unshown in chain.not_shown:
+        out.print(f"  - {unshown}", markup=False)
+    out.print()

@@ -34,7 +34,7 @@ from fedcompose.model.experts import TARGETS, Expert, RoutedLinear, load_expert,
 from fedcompose.model.lm import load_base
 from fedcompose.model.router import RoutedBlock, Router, RoutingContext
 from fedcompose.release import ATTENTION_FOLDER as ATTENTION_FOLDER
-from fedcompose.release import MAX_ROUTER_BYTES, ReceivedRelease, VerifiedRelease, verify_release
+from fedcompose.release import MAX_ROUTER_BYTES, ReceivedRelease, VerifiedRelease, verify_for_use
 from fedcompose.release import ROUTER_FILE as ROUTER_FILE
 
 ATTENTION_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj")
@@ -44,11 +44,11 @@ _PEFT_NAME = "default"  # PEFT's own name for the only adapter
 def load(
     path: Path | str, root_fingerprints: Collection[str] | None = None, base: Path | str | None = None
 ) -> tuple[Any, Any]:
-    """Verify the release in `path`, then load it: (model, tokenizer). See `verify_release`, `load_release`.
+    """Verify the release in `path`, then load it: (model, tokenizer). See `verify_for_use`, `load_release`.
 
     Raises: RefusedError: when anything in the release is not what its signatures say; nothing is loaded then.
     """
-    release = verify_release(ReceivedRelease(Path(path)), root_fingerprints)
+    release = verify_for_use(ReceivedRelease(Path(path)), root_fingerprints)
     return load_release(release, base=None if base is None else resolve_base(base))
 
 

@@ -47,7 +47,7 @@ def get_task(name: str) -> Task:
     """Raises: ConfigError: `TASK_UNKNOWN`."""
     found = TASKS.get(name) or (_load(name) if name in _added() else None)
     if found is None or isinstance(found, Generator):
-        raise _unknown("task", name, task_names())
+        raise _unknown("TASK_UNKNOWN", f"there is no task {name!a} here", task_names())
     return cast(Task, found)
 
 
@@ -57,7 +57,7 @@ def get_generator(name: str) -> Generator[Any] | GymGenerator:
         return gym_generator(name)
     found = GENERATORS.get(name) or (_load(name) if name in _added() else None)
     if not isinstance(found, Generator):
-        raise _unknown("generator", name, generator_names())
+        raise _unknown("GENERATOR_UNKNOWN", f"there is no generator {name!a} here", generator_names())
     return found
 
 
@@ -121,8 +121,8 @@ def _broken(point: EntryPoint, got: str) -> ConfigError:
     )  # fmt: skip
 
 
-def _unknown(kind: str, name: str, known: list[str]) -> ConfigError:
+def _unknown(code: str, what: str, known: list[str]) -> ConfigError:
     return ConfigError(
-        f"{kind.upper()}_UNKNOWN", f"there is no {kind} {name!a} here", expected=f"one of {', '.join(known)}",
+        code, what, expected=f"one of {', '.join(known)}",
         fix=f"correct the name, or install the package that provides it (entry point {ENTRY_POINTS})",
     )  # fmt: skip

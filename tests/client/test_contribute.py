@@ -64,6 +64,7 @@ def test_a_call_decides_what_leaves_and_is_answered_by_its_nonce(sim: Federation
     call = read_own_call(envelope)
     (adapter,) = sim.contribute("site-a", call=call)
     assert adapter.provenance.call is not None and adapter.provenance.call.nonce == call.nonce
+    assert adapter.provenance.call.sha256 == call.digest
     assert adapter.provenance.expires > call.deadline
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -16,6 +17,7 @@ import pytest
 from fedcompose.call import CALL_TYPE, COLLECTION_PERIOD, read_own_call
 from fedcompose.contribution import KINDS
 from fedcompose.files import dump_json
+from fedcompose.ledger import Head
 from fedcompose.signing import read_envelope_unverified, sign_envelope
 from fedcompose.wire import (
     WINDOW_BYTES,
@@ -92,6 +94,12 @@ def changed(sim: FlowerSim, **changes: Any) -> bytes:
         ({"nonce": "short"}, "CALL_INVALID"),
         ({"schema": "fedcompose/call/v2"}, "CALL_INVALID"),
         ({"run": "a command"}, "CALL_INVALID"),
+        ({"coordinator": "another"}, "CALL_COORDINATOR"),
+        ({"lora": {"rank": 8, "targets": ["gate_proj", "up_proj", "down_proj"]}}, "CALL_SHAPE"),
+        ({"lora": {"rank": 64, "targets": ["up_proj"]}}, "CALL_SHAPE"),
+        ({"policy": "0" * 64}, "CALL_POLICY"),
+        ({"lora": {"rank": 0, "targets": ["up_proj"]}}, "CALL_INVALID"),
+        ({"ledger": {"entries": "many", "head": "0" * 64}}, "CALL_INVALID"),
     ],
 )
 def test_refuses_a_call_that_is_not_for_it(sim: FlowerSim, changes: dict[str, Any], expected: str) -> None:
@@ -130,6 +138,20 @@ def test_refuses_a_call_for_a_domain_that_it_has_no_data_for(sim: FlowerSim) -> 
     config = sim.folder("site-a") / "site.toml"
     config.write_text(config.read_text().replace("domains.math", "domains.chess"))
     assert code(ask(sim, "call", request(call=sim.call()))) == "DOMAIN_UNKNOWN"
+
+
+def test_keeps_the_heads_of_the_ledger_and_refuses_a_shorter_one(sim: FlowerSim) -> None:
+    for day, entries, expected in ((0, 5, "ACCEPTED"), (2, 9, "ACCEPTED"), (1, 7, "ACCEPTED"), (3, 8, "LEDGER_SHRUNK")):
+        ledger = Head(entries=entries, head=f"{entries}" * 64)
+        call = sim.call(now=sim.now + timedelta(days=day), nonce=bytes([day]) * 32, ledger=ledger)
+        assert code(ask(sim, "call", request(call=call), now=sim.now + timedelta(days=day))) == expected
+    assert len(files_of(sim.folder("site-a") / "calls")) == 3
+
+
+def test_refuses_another_ledger_of_the_same_length(sim: FlowerSim) -> None:
+    for digit, expected in (("a", "ACCEPTED"), ("a", "ACCEPTED"), ("b", "LEDGER_FORKED")):
+        call = sim.call(nonce=secrets.token_bytes(32), ledger=Head(entries=5, head=digit * 64))
+        assert code(ask(sim, "call", request(call=call))) == expected
 
 
 # Requests -----------------------------------------------------------------------------------------

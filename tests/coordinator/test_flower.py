@@ -6,7 +6,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +14,16 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from fedcompose.call import make_call, read_own_call, verify_call
+from fedcompose import ledger
+from fedcompose.call import WantedLora, make_call, read_own_call, verify_call
 from fedcompose.errors import ConfigError, RefusedError
 from fedcompose.wire import Array, Message, RecordDict, Status
 from fedcompose_client.flower import make_app
 from fedcompose_coordinator import commands_flower
+from tests.coordinator.test_intake import die, killed
 from tests.flower_sim import FlowerSim, files_of
+
+NOW = datetime(2026, 11, 20, tzinfo=UTC)
 
 
 @pytest.fixture
@@ -287,6 +291,62 @@ def test_the_commands_call_and_collect_from_folders_on_this_machine(sim: FlowerS
     status, collected = command(sim, "collect")
     assert status == 0
     assert collected["folders"] == [str(sim.inbox(site) / kind) for site in sim.sites for kind in ("adapter", "traces")]
+
+
+def test_a_call_is_written_down_and_tells_the_sites_how_far_the_ledger_had_come(sim: FlowerSim) -> None:
+    path = sim.home / "ledger.jsonl"
+    ledger.append(path, "refused", sim.now, contribution="0" * 64, code="X")
+    before = ledger.head(path)
+    _, called = command(sim, "call")
+    made = read_own_call(Path(called["call"]).read_bytes())
+    (_, entry) = ledger.verify(path, {"the sites": before})
+    assert (entry.event, dict(entry.fields)) == ("called", {"call": made.id, "sha256": made.digest})
+    assert made.ledger == before
+    kept = (sim.folder("site-a") / "calls" / f"{made.id}.json").read_bytes()
+    assert read_own_call(kept).ledger == before
+
+
+def test_the_settings_say_what_loras_a_call_asks_for(sim: FlowerSim) -> None:
+    with (sim.home / "coordinator.toml").open("a") as settings:
+        settings.write('\n[call]\nrank = 8\ntargets = ["up_proj"]\n')
+    _, called = command(sim, "call", sites=False)
+    assert read_own_call(Path(called["call"]).read_bytes()).lora == WantedLora(rank=8, targets=("up_proj",))
+
+
+def test_after_a_crash_before_the_call_was_written_calling_again_goes_on(
+    sim: FlowerSim, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as crash:
+        crash.setattr(commands_flower, "write_atomic", die)
+        killed(lambda: command(sim, "call", sites=False))
+    assert list(sim.home.glob("calls/*.json")) == []
+    assert command(sim, "call")[0] == 0
+    assert [entry.event for entry in ledger.verify(sim.home / "ledger.jsonl")] == ["called", "called"]
+
+
+@pytest.mark.parametrize(
+    ("tamper", "code"),
+    [
+        (lambda path: path.unlink(), "LEDGER_SHRUNK"),
+        (lambda path: (path.unlink(), ledger.append(path, "refused", NOW, code="OTHER")), "LEDGER_FORKED"),
+    ],
+    ids=["deleted", "another"],
+)
+def test_sites_refuse_the_call_of_a_coordinator_that_lost_its_ledger(
+    sim: FlowerSim, tamper: Callable[[Path], object], code: str
+) -> None:
+    """Even one that threw away everything it had that could tell."""
+    ledger.append(sim.home / "ledger.jsonl", "refused", NOW, code="X")
+    assert command(sim, "call")[0] == 0
+    (sim.home / "state.json").unlink()
+    for call in (sim.home / "calls").glob("*.json"):
+        call.unlink()
+    tamper(sim.home / "ledger.jsonl")
+    later = sim.now + timedelta(minutes=1)
+    sim.call(now=later, nonce=bytes(32), ledger=ledger.head(sim.home / "ledger.jsonl"))
+    outcomes = sim.run("call")
+    assert {outcome.code for outcome in outcomes.values()} == {code}
+    assert len(files_of(sim.folder("site-a") / "calls")) == 1
 
 
 def test_the_command_fails_when_a_site_refuses(sim: FlowerSim) -> None:

@@ -1,9 +1,19 @@
 from __future__ import annotations
 
+from dataclasses import replace
+from datetime import timedelta
+from typing import Any
+
 import pytest
 
+from fedcompose import ledger
 from fedcompose.errors import ConfigError, RefusedError
 from fedcompose.files import folder_digests, write_json
+from fedcompose.revocations import RevokedKey, next_revocations, no_revocations
+from fedcompose.trust_state import accept_revocations, trusted_federation
+from fedcompose_coordinator import publish
+from fedcompose_coordinator.decisions import CLOCK_TOLERANCE, Decisions
+from tests.coordinator.test_intake import die, killed
 from tests.federation_sim import FederationSim
 
 
@@ -51,3 +61,63 @@ def test_only_a_coordinator_of_the_federation_releases(sim: FederationSim) -> No
     with pytest.raises(RefusedError) as refusal:
         sim.release()
     assert refusal.value.code == "KEY_UNKNOWN"
+
+
+def test_a_release_is_written_down_and_says_how_far_the_ledger_had_come(sim: FederationSim) -> None:
+    release = sim.released()
+    *before, released = ledger.verify(sim.coordinator_home / "ledger.jsonl")
+    assert release.provenance.ledger == ledger.Head(entries=len(before), head=before[-1].sha256)
+    assert (released.event, dict(released.fields)) == (
+        "released",
+        {
+            "release": release.dir_hash,
+            "composition": release.digests["composition.json"],
+            "experts": [expert.dir_hash for expert in release.experts],
+        },
+    )
+
+
+def test_a_release_cannot_be_made_with_the_clock_set_back(sim: FederationSim) -> None:
+    release = sim.released()
+    sim.now -= CLOCK_TOLERANCE + timedelta(seconds=1)
+    with pytest.raises(RefusedError) as refusal:
+        publish.release(
+            sim.coordinator_home, sim.coordinator, sim.federation, sim.coordinator_home / "candidate",
+            [replace(expert, received_on=sim.now) for expert in release.experts], sim.now,
+        )  # fmt: skip
+    assert refusal.value.code == "CLOCK_SET_BACK"
+
+
+def test_after_a_crash_at_the_last_moment_releasing_again_goes_on(
+    sim: FederationSim, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The line is there before the folder is: what nobody has seen may be in the ledger, but never the reverse."""
+    first, record = sim.released(), Decisions.record
+
+    def record_and_die(self: Decisions, event: str, **fields: Any) -> None:
+        record(self, event, **fields)
+        die()
+
+    with monkeypatch.context() as crash:
+        crash.setattr(Decisions, "record", record_and_die)
+        killed(sim.release)
+    assert folder_digests(first.path)["provenance.json"] == first.digests["provenance.json"]
+    again = sim.release()
+    entries = ledger.verify(sim.coordinator_home / "ledger.jsonl")
+    releases = [entry.fields["release"] for entry in entries if entry.event == "released"]
+    assert len(releases) == 3 and releases[0] == first.dir_hash and releases[2] == again.dir_hash
+
+
+def test_an_accepted_revocation_list_does_not_stop_a_release_of_others(
+    sim: FederationSim, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The list changes the federation that is in use; the file that goes into the release is as it was signed."""
+    trusted_federation(sim.envelope, [sim.root.keyid], sim.now)
+    for site in sim.sites:
+        sim.contribute(site)
+    sim.receive()
+    key = RevokedKey(keyid=sim.sites["site-a"].signer.keyid, at=sim.now, reason="compromised")
+    accept_revocations(next_revocations(no_revocations(sim.federation.id), [key], [], sim.root, sim.now))
+    monkeypatch.setattr(FederationSim, "federation", trusted_federation(sim.envelope, None, sim.now))
+    sim.compose()
+    assert [expert.site for expert in sim.release().experts] == ["site-b"]

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +14,7 @@ from fedcompose.adapter import (
     Adapter,
     StoredTensor,
     canonical_safetensors,
+    check_adapter,
     parse_adapter,
     parse_config,
     parse_safetensors,
@@ -21,6 +23,7 @@ from fedcompose.adapter import (
 )
 from fedcompose.bases import Base, base_shapes
 from fedcompose.errors import RefusedError
+from fedcompose.files import READ_CHUNK_BYTES
 from tests.federation_sim import make_random_expert
 
 MLP = ["gate_proj", "up_proj", "down_proj"]
@@ -165,6 +168,7 @@ def test_a_nan_alpha_does_not_parse(peft_folder: Path) -> None:
 
 def file_of(header: str | dict[str, Any], body: bytes = b"") -> bytes:
     text = (header if isinstance(header, str) else json.dumps(header)).encode()
+    text += b" " * (-len(text) % 8)
     return len(text).to_bytes(8, "little") + text + body
 
 
@@ -286,3 +290,27 @@ def test_refuses_a_linked_file(peft_folder: Path, shapes: dict[str, tuple[int, i
     (tmp_path / CONFIG_FILE).write_bytes((peft_folder / CONFIG_FILE).read_bytes())
     (tmp_path / WEIGHTS_FILE).symlink_to(peft_folder / WEIGHTS_FILE)
     assert code(lambda: read_adapter(tmp_path, shapes)) == "FILE_NOT_REGULAR"
+
+
+def test_weights_are_read_once_in_pieces() -> None:
+    """So that what is checked is what was hashed on the way, and a file of any size takes the same memory."""
+    module, wide = "model.layers.0.mlp.up_proj", 1 << 20
+    weights = canonical_safetensors(
+        {
+            f"base_model.model.{module}.lora_A.weight": tensor((2, wide), bytes(4)),
+            f"base_model.model.{module}.lora_B.weight": tensor((3, 2), bytes(4)),
+        }
+    )
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 2, "target_modules": ["up_proj"]}
+    stream, sizes = io.BytesIO(weights), []
+
+    class Reader:
+        def read(self, size: int, /) -> bytes:
+            sizes.append(size)
+            return stream.read(size)
+
+    check_adapter(json.dumps(config).encode(), Reader(), len(weights), None)
+    assert sum(sizes) == len(weights)
+    assert max(sizes) <= READ_CHUNK_BYTES
+    cut = io.BytesIO(weights[:-READ_CHUNK_BYTES])  # the file was larger when it was opened
+    assert code(lambda: check_adapter(json.dumps(config).encode(), cut, len(weights), None)) == "SAFETENSORS_INVALID"

@@ -320,3 +320,60 @@ def test_the_real_default_base_converts_to_the_pinned_digest() -> None:
     assert base.digest == ALIASES["smollm2-135m"].dir_hash
     assert describe_base(base).parameters == 134_515_008
     assert base_shapes(base)["model.layers.29.mlp.down_proj"] == (576, 1536)
+
+
+def with_tokenizer(folder: Path, **documents: object) -> bases.Base:
+    folder.mkdir()
+    for name, document in documents.items():
+        (folder / f"{name}.json").write_text(json.dumps(document))
+    return bases.Base("x", folder, "0" * 64)
+
+
+def token(content: str, special: bool = True) -> dict[str, object]:
+    return {"id": 1, "content": content, "special": special}
+
+
+@pytest.mark.parametrize(
+    ("documents", "expected"),
+    [
+        ({"tokenizer": {"added_tokens": [token("<file_sep>"), token("<think>", special=False)]}}, {"<file_sep>"}),
+        ({"tokenizer_config": {"added_tokens_decoder": {"7": token("<row>"), "8": token("x y", False)}}}, {"<row>"}),
+        ({"tokenizer_config": {"bos_token": "<s>", "eos_token": {"content": "</s>"}}}, {"<s>", "</s>"}),
+        ({"tokenizer_config": {"bos_token": None, "pad_token": "<pad>"}}, {"<pad>"}),
+        ({"tokenizer_config": {"add_bos_token": True, "model_max_length": 512, "chat_template": "<x>"}}, set()),
+        ({"tokenizer_config": {"extra_special_tokens": {"image": "<image>"}}}, {"<image>"}),
+        ({"special_tokens_map": {"additional_special_tokens": ["<a>", token("<bb>")]}}, {"<a>", "<bb>"}),
+        ({"tokenizer_config": {"pad_token": "!", "unk_token": "\n"}}, set()),
+        ({"tokenizer": []}, set()),
+        ({}, set()),
+    ],
+)  # fmt: skip
+def test_the_control_tokens_of_a_base_are_those_its_tokenizer_files_declare(
+    tmp_path: Path, documents: dict[str, object], expected: set[str]
+) -> None:
+    assert bases.control_tokens(with_tokenizer(tmp_path / "base", **documents)) == expected
+
+
+def test_every_control_token_that_transformers_knows_is_found(tiny_base: Path) -> None:
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(tiny_base)
+    found = bases.control_tokens(bases.Base("tiny", tiny_base, "0" * 64))
+    assert found == set(tokenizer.all_special_tokens) != set()
+
+
+@pytest.mark.parametrize("text", ['{"a": 1, "a": 2}', "{", '{"a": NaN}'])
+def test_a_tokenizer_file_is_read_strictly(tmp_path: Path, text: str) -> None:
+    (tmp_path / "tokenizer.json").write_text(text)
+    with pytest.raises(RefusedError) as refusal:
+        bases.control_tokens(bases.Base("x", tmp_path, "0" * 64))
+    assert refusal.value.code == "JSON_INVALID"
+
+
+def test_a_tokenizer_file_has_a_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base = with_tokenizer(tmp_path / "base", tokenizer={"vocab": "x" * (1 << 20)})
+    assert bases.control_tokens(base) == set()  # larger than any other JSON file may be
+    monkeypatch.setattr(bases, "MAX_TOKENIZER_BYTES", 1000)
+    with pytest.raises(RefusedError) as refusal:
+        bases.control_tokens(base)
+    assert refusal.value.code == "FILE_TOO_LARGE"

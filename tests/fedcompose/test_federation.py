@@ -1,185 +1,43 @@
-"""The federation file: whom it admits, whom it believes, and that it never goes back."""
+"""The federation file: whom it believes, and whom it admits."""
 
 from __future__ import annotations
 
-import base64
 import json
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
-from pathlib import Path
+from datetime import datetime, timedelta
 from typing import Any
 
-import numpy as np
 import pytest
-from cryptography.hazmat.primitives import hashes
-from cryptography.hazmat.primitives.asymmetric import ec
-from safetensors.numpy import save_file
-from typer.testing import CliRunner
 
-from fedcompose.cli import app, main
-from fedcompose.errors import FedcomposeError
 from fedcompose.federation import (
-    FEDERATION_TYPE,
     Federation,
-    create_federation,
-    enrol,
     format_time,
     parse_time,
-    pinned,
     read_federation,
-    sign_federation,
-    trusted_federation,
     verify_federation,
 )
-from fedcompose.files import dump_json, sha256_hex
-from fedcompose.keys import ENROLMENT_TYPE, load_signer, new_key
-from fedcompose.signing import keyid_of, public_pem_of, sign_envelope
-
-NOW = datetime(2026, 11, 20, 9, 30, 0, tzinfo=UTC)
-DAY = timedelta(days=1)
-URN = "urn:uuid:6b0c0000-0000-4000-8000-000000000000"
-BASES = {"tiny": "b" * 64}
-
-
-@dataclass(frozen=True)
-class MemorySigner:
-    key: ec.EllipticCurvePrivateKey
-
-    @property
-    def public_pem(self) -> bytes:
-        return public_pem_of(self.key.public_key())
-
-    @property
-    def keyid(self) -> str:
-        return keyid_of(self.public_pem)
-
-    def sign(self, data: bytes) -> bytes:
-        return self.key.sign(data, ec.ECDSA(hashes.SHA256(), deterministic_signing=True))
-
-
-def signer(seed: int) -> MemorySigner:
-    return MemorySigner(ec.derive_private_key(seed, ec.SECP256R1()))
-
-
-ROOT, ROOT_2, ROOT_3, SITE, HUB, STRANGER = (signer(seed) for seed in range(101, 107))
-
-
-def request(member: MemorySigner, name: str, role: str = "site", domain: str | None = "math") -> bytes:
-    document = {"schema": "fedcompose/enrolment/v1", "id": name, "role": role, "domain": domain}
-    document["public_key"] = member.public_pem.decode()
-    return sign_envelope(dump_json({k: v for k, v in document.items() if v is not None}), ENROLMENT_TYPE, [member])
-
-
-FIRST = create_federation("Demo", ROOT, "root", BASES, URN, NOW)
-SECOND = enrol(FIRST, request(SITE, "site-a"), ROOT, NOW)
-THIRD = enrol(SECOND, request(HUB, "hub", "coordinator", None), ROOT, NOW + DAY)
-
-
-def payload_of(envelope: bytes) -> bytes:
-    return base64.b64decode(json.loads(envelope)["payload"])
-
-
-def changed(envelope: bytes, *path: Any, by: tuple[MemorySigner, ...] = (ROOT,)) -> bytes:
-    """The same file with one place changed, validly signed: what a hostile or careless root could sign."""
-    *place, value = path
-    document = item = json.loads(payload_of(envelope))
-    for step in place[:-1]:
-        item = item[step]
-    item[place[-1]] = value
-    return sign_envelope(json.dumps(document).encode(), FEDERATION_TYPE, by)
-
-
-def verify(envelope: bytes, *roots: MemorySigner, now: datetime = NOW + DAY) -> Federation:
-    return verify_federation(envelope, root_fingerprints=[root.keyid for root in roots or (ROOT,)], now=now)
-
-
-def code_of(call: Callable[[], object]) -> str:
-    with pytest.raises(FedcomposeError) as caught:
-        call()
-    return caught.value.code
-
-
-def roots_entry(*roots: MemorySigner) -> list[dict[str, str]]:
-    return [
-        {"keyid": root.keyid, "name": f"root {number}", "public_key": root.public_pem.decode()}
-        for number, root in enumerate(roots)
-    ]
-
-
-def with_roots(envelope: bytes, threshold: int, *roots: MemorySigner, by: tuple[MemorySigner, ...]) -> bytes:
-    document = json.loads(payload_of(envelope)) | {"threshold": threshold, "roots": roots_entry(*roots)}
-    return sign_envelope(json.dumps(document).encode(), FEDERATION_TYPE, by)
-
-
-# --- making ---------------------------------------------------------------------------------------
-
-
-def test_a_federation_begins_with_its_root_and_bases() -> None:
-    federation = verify(FIRST)
-    assert (federation.version, federation.previous, federation.threshold) == (1, None, 1)
-    assert [(base.name, base.dir_hash) for base in federation.base_models] == [("tiny", "b" * 64)]
-    assert federation.expires == NOW + 90 * DAY
-
-
-def test_an_enrolment_makes_the_next_version() -> None:
-    federation = verify(THIRD)
-    assert federation.version == 3
-    assert federation.previous == sha256_hex(payload_of(SECOND))
-    assert [site.domain for site in federation.sites] == ["math"]
-    assert [coordinator.id for coordinator in federation.coordinators] == ["hub"]
-
-
-def test_documents_spell_fields_and_times_as_designed() -> None:
-    document = json.loads(payload_of(THIRD))
-    fields = (
-        "schema federation name version previous issued expires threshold roots coordinators sites base_models policy"
-    )
-    assert set(document) == set(fields.split())
-    assert document["issued"] == "2026-11-21T09:30:00Z"
-    assert document["base_models"] == [{"name": "tiny", "dirHash": "b" * 64}]
-    assert document["sites"][0]["keys"][0] == {
-        "keyid": SITE.keyid,
-        "public_key": SITE.public_pem.decode(),
-        "not_before": "2026-11-20T00:00:00Z",
-        "not_after": "2027-11-20T00:00:00Z",
-        "revoked": None,
-    }
-
-
-@pytest.mark.parametrize(
-    ("enrolment", "code"),
-    [
-        (request(SITE, "site-b"), "FEDERATION_INPUT"),
-        (request(STRANGER, "site-a"), "FEDERATION_INPUT"),
-        (request(ROOT, "site-c"), "FEDERATION_INPUT"),
-        (request(STRANGER, "root-2", "root", None), "ENROLMENT_ROLE"),
-        (FIRST, "ENVELOPE_TYPE"),
-        (b"", "ENVELOPE_SHAPE"),
-    ],
-    ids=["key twice", "id twice", "root as site", "root", "another document", "nothing"],
+from fedcompose.revocations import RevokedKey, no_revocations
+from fedcompose.signing import keyid_of
+from tests.federation_files import (
+    DAY,
+    FIRST,
+    HUB,
+    NOW,
+    ROOT,
+    ROOT_2,
+    ROOT_3,
+    SITE,
+    STRANGER,
+    THIRD,
+    URN,
+    changed,
+    code_of,
+    payload_of,
+    with_roots,
 )
-def test_refuses_to_enrol(enrolment: bytes, code: str) -> None:
-    assert code_of(lambda: enrol(THIRD, enrolment, ROOT, NOW)) == code
 
 
-def test_only_a_root_enrols() -> None:
-    assert code_of(lambda: enrol(FIRST, request(SITE, "site-a"), STRANGER, NOW)) == "FEDERATION_SIGNERS"
-    forged = changed(FIRST, "name", "Other", by=(STRANGER,))
-    assert code_of(lambda: enrol(forged, request(SITE, "site-a"), ROOT, NOW)) == "ENVELOPE_KEY"
-
-
-def test_a_root_does_not_continue_a_file_in_which_a_stranger_calls_itself_a_root() -> None:
-    forged = with_roots(FIRST, 1, STRANGER, ROOT, by=(STRANGER,))
-    assert code_of(lambda: enrol(forged, request(SITE, "site-a"), ROOT, NOW)) == "FEDERATION_SIGNERS"
-
-
-def test_one_root_alone_makes_no_version_for_two() -> None:
-    shared = with_roots(FIRST, 2, ROOT, ROOT_2, by=(ROOT, ROOT_2))
-    assert code_of(lambda: enrol(shared, request(SITE, "site-a"), ROOT, NOW)) == "FEDERATION_SIGNERS"
-    document = json.loads(payload_of(shared))
-    assert code_of(lambda: sign_federation(document, [ROOT, STRANGER])) == "FEDERATION_SIGNERS"
-    assert verify(sign_federation(document, [ROOT, ROOT_2]), ROOT, ROOT_2).threshold == 2
+def verify(envelope: bytes, *roots: Any, now: datetime = NOW + DAY) -> Federation:
+    return verify_federation(envelope, root_fingerprints=[root.keyid for root in roots or (ROOT,)], now=now)
 
 
 # --- believing ------------------------------------------------------------------------------------
@@ -300,11 +158,51 @@ def test_a_key_counts_in_its_time_only() -> None:
     assert code_of(lambda: federation.coordinator_key(HUB.keyid, NOW - DAY)) == "KEY_EXPIRED"
 
 
-def test_a_revoked_key_counts_until_its_revocation() -> None:
-    revocation = {"at": format_time(NOW + DAY), "reason": "compromised"}
-    federation = verify(changed(THIRD, *KEY, "revoked", revocation))
+@pytest.mark.parametrize("reason", ["rotated", "compromised"])
+def test_a_revoked_key_counts_until_its_revocation(reason: str) -> None:
+    federation = verify(changed(THIRD, *KEY, "revoked", {"at": format_time(NOW + DAY), "reason": reason}))
     assert federation.site_key(SITE.keyid, NOW)[0].id == "site-a"
     assert code_of(lambda: federation.site_key(SITE.keyid, NOW + DAY)) == "KEY_REVOKED"
+
+
+def test_older_signatures_of_a_compromised_key_are_doubted_and_of_a_rotated_key_not() -> None:
+    for reason, doubted in (("compromised", True), ("rotated", False)):
+        federation = verify(changed(THIRD, *KEY, "revoked", {"at": format_time(NOW + DAY), "reason": reason}))
+        assert bool(federation.doubts(SITE.keyid)) is doubted
+        assert federation.doubts(HUB.keyid) is None
+
+
+def listed(*entries: RevokedKey) -> Any:
+    return no_revocations(URN).model_copy(update={"keys": entries})
+
+
+def test_a_revocation_list_applies_to_every_key_that_it_names() -> None:
+    entries = [RevokedKey(keyid=each.keyid, at=NOW, reason="compromised") for each in (SITE, HUB, STRANGER)]
+    federation = verify(THIRD).with_revocations(listed(*entries))
+    assert code_of(lambda: federation.site_key(SITE.keyid, NOW)) == "KEY_REVOKED"
+    assert code_of(lambda: federation.coordinator_key(HUB.keyid, NOW + DAY)) == "KEY_REVOKED"
+    assert federation.doubts(SITE.keyid)
+    assert verify(THIRD).site_key(SITE.keyid, NOW)
+
+
+@pytest.mark.parametrize(
+    ("of_file", "of_list", "together"),
+    [
+        ((2, "rotated"), (1, "rotated"), (1, "rotated")),
+        ((1, "rotated"), (2, "compromised"), (1, "compromised")),
+        ((1, "compromised"), (2, "rotated"), (1, "compromised")),
+        ((2, "compromised"), (1, "compromised"), (1, "compromised")),
+    ],
+)
+def test_file_and_list_together_withdraw_what_either_withdraws(
+    of_file: tuple[int, str], of_list: tuple[int, Any], together: tuple[int, str]
+) -> None:
+    revoked = {"at": format_time(NOW + of_file[0] * DAY), "reason": of_file[1]}
+    entry = RevokedKey(keyid=SITE.keyid, at=NOW + of_list[0] * DAY, reason=of_list[1])
+    federation = verify(changed(THIRD, *KEY, "revoked", revoked)).with_revocations(listed(entry))
+    found = federation.site("site-a").keys[0].revoked
+    assert found is not None
+    assert (found.at, found.reason) == (NOW + together[0] * DAY, together[1])
 
 
 def test_a_suspended_site_is_not_heard() -> None:
@@ -312,149 +210,11 @@ def test_a_suspended_site_is_not_heard() -> None:
     assert code_of(lambda: federation.site_key(SITE.keyid, NOW)) == "SITE_SUSPENDED"
 
 
-# --- remembering ----------------------------------------------------------------------------------
-
-
-def trust(envelope: bytes, *roots: MemorySigner, now: datetime = NOW + DAY) -> Federation:
-    return trusted_federation(envelope, [root.keyid for root in roots] or None, now)
-
-
-def test_the_first_trust_needs_a_fingerprint_and_later_ones_do_not() -> None:
-    assert code_of(lambda: trust(SECOND)) == "TRUST_ROOT_UNKNOWN"
-    assert pinned(URN) is None
-    trust(SECOND, ROOT)
-    assert trust(SECOND).version == 2
-    assert trust(THIRD).version == 3
-
-
-def test_a_wrong_fingerprint_is_refused_even_when_the_roots_are_known() -> None:
-    trust(THIRD, ROOT)
-    assert code_of(lambda: trust(THIRD, STRANGER)) == "TRUST_ROOT_UNKNOWN"
-
-
-def test_versions_never_go_back() -> None:
-    trust(THIRD, ROOT)
-    assert code_of(lambda: trust(SECOND)) == "FEDERATION_ROLLBACK"
-    assert code_of(lambda: trust(SECOND, ROOT)) == "FEDERATION_ROLLBACK"
-
-
-def test_one_version_has_one_content() -> None:
-    trust(SECOND, ROOT)
-    assert code_of(lambda: trust(changed(SECOND, "name", "Other"))) == "FEDERATION_FORK"
-    assert code_of(lambda: trust(changed(THIRD, "previous", "0" * 64))) == "FEDERATION_FORK"
-
-
-def test_a_new_version_needs_the_old_roots() -> None:
-    trust(SECOND, ROOT)
-    foreign = with_roots(THIRD, 1, STRANGER, by=(STRANGER,))
-    assert code_of(lambda: trust(foreign)) == "TRUST_ROOT_UNKNOWN"
-    assert code_of(lambda: trust(foreign, STRANGER)) == "TRUST_ROOT_UNKNOWN"
-    handed_over = with_roots(THIRD, 1, ROOT, STRANGER, by=(ROOT, STRANGER))
-    assert trust(handed_over).version == 3
-
-
-def test_a_refused_file_pins_nothing() -> None:
-    trust(SECOND, ROOT)
-    before = pinned(URN)
-    assert code_of(lambda: trust(THIRD, now=NOW + 200 * DAY)) == "FEDERATION_EXPIRED"
-    assert pinned(URN) == before
-
-
-def test_two_federations_are_remembered_apart() -> None:
-    other = create_federation("Other", STRANGER, "root", BASES, URN[:-1] + "1", NOW)
-    trust(THIRD, ROOT)
-    assert code_of(lambda: trust(other)) == "TRUST_ROOT_UNKNOWN"
-    trust(other, STRANGER)
-    assert trust(THIRD).id != trust(other).id
-
-
-@pytest.mark.parametrize("content", [b"{}", b"", b"[1"])
-def test_a_damaged_memory_is_not_taken_for_an_empty_one(private_home: Path, content: bytes) -> None:
-    trust(THIRD, ROOT)
-    (private_home / "trust-state.json").write_bytes(content)
-    assert code_of(lambda: trust(THIRD, ROOT)) == "TRUST_STATE_INVALID"
-
-
 def test_reading_without_trust_says_who_signed() -> None:
     federation, signed = read_federation(THIRD)
     assert (federation.version, signed) == (3, {ROOT.keyid})
-    assert pinned(URN) is None
 
 
 @pytest.mark.parametrize("text", ["2026-11-20T09:00:00Z", "1999-12-31T23:59:59Z"])
 def test_times_survive_a_round_trip(text: str) -> None:
     assert format_time(parse_time(text)) == text
-
-
-# --- commands -------------------------------------------------------------------------------------
-
-
-def run(*arguments: str) -> str:
-    result = CliRunner().invoke(app, [*arguments], catch_exceptions=False)
-    assert result.exit_code == 0, result.output
-    return result.stdout
-
-
-@pytest.fixture
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A root's folder with a fresh federation and a site that wants to join."""
-    monkeypatch.chdir(tmp_path)
-    new_key(Path("keys"), "root", "root", None, None)
-    new_key(Path("keys"), "site-a", "site", "math", None)
-    run(
-        "federation",
-        "init",
-        "--name",
-        "Demo [1]",
-        "--root-key",
-        "keys/root.key",
-        "--base",
-        f"tiny={'b' * 64}",
-    )
-    yield tmp_path
-
-
-def test_the_commands_begin_enrol_and_show(folder: Path) -> None:
-    said = run("federation", "enroll", "keys/site-a.enroll.json", "--root-key", "keys/root.key")
-    assert "version 2" in said
-    shown = run("federation", "show")
-    for text in ("Demo [1]", load_signer(Path("keys/root.key")).keyid, "site-a", "math", "b" * 64, "expires"):
-        assert text in shown
-    assert "signed by roots that this machine knows" in shown
-    assert json.loads(run("federation", "show", "--json"))["version"] == 2
-
-
-def test_show_warns_where_nothing_is_known(folder: Path, private_home: Path) -> None:
-    (private_home / "trust-state.json").unlink()
-    assert "compare the root fingerprints" in run("federation", "show")
-
-
-def test_init_does_not_overwrite(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    before = (folder / "federation.json").read_bytes()
-    with pytest.raises(SystemExit) as stopped:
-        main(["federation", "init", "--name", "X", "--root-key", "keys/root.key", "--base", f"tiny={'b' * 64}"])
-    assert stopped.value.code == 2
-    assert (folder / "federation.json").read_bytes() == before
-
-
-def test_enrolling_into_an_old_copy_leaves_it_as_it_was(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    file = folder / "federation.json"
-    old = file.read_bytes()
-    run("federation", "enroll", "keys/site-a.enroll.json", "--root-key", "keys/root.key")
-    new_key(Path("keys"), "site-b", "site", "code", None)
-    file.write_bytes(old)
-    with pytest.raises(SystemExit) as stopped:
-        main(["federation", "enroll", "keys/site-b.enroll.json", "--root-key", "keys/root.key"])
-    assert stopped.value.code == 1
-    assert "FEDERATION_FORK" in capsys.readouterr().err
-    assert file.read_bytes() == old
-
-
-def test_a_base_may_be_a_folder(folder: Path) -> None:
-    base = folder / "own-base"
-    base.mkdir()
-    (base / "config.json").write_text('{"model_type": "llama"}')
-    save_file({"weight": np.zeros(2, dtype=np.float32)}, base / "model.safetensors")
-    arguments = ["--name", "X", "--root-key", "keys/root.key", "--base", str(base), "--out", "second.json"]
-    listed = json.loads(run("federation", "init", *arguments, "--json"))["base_models"]
-    assert [(entry["name"], len(entry["dirHash"])) for entry in listed] == [("own-base", 64)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 import subprocess
 from pathlib import Path
 
@@ -51,7 +52,18 @@ def test_a_failed_write_leaves_the_old_bytes(tmp_path: Path, monkeypatch: pytest
 
 @pytest.mark.parametrize(
     "text",
-    [b'{"a":1,"a":2}', b"[NaN]", b"[Infinity]", b"[1e999]", b"\xef\xbb\xbf{}", b"{", b"\xff", b"[" * 40 + b"]" * 40],
+    [
+        b'{"a":1,"a":2}',
+        b"[NaN]",
+        b"[Infinity]",
+        b"[1e999]",
+        b"\xef\xbb\xbf{}",
+        b"{",
+        b"\xff",
+        b"[" * 40 + b"]" * 40,
+        b'["\\ud83d"]',
+        b'{"\\ude00":1}',
+    ],
 )
 def test_refuses_json_that_two_readers_could_read_differently(text: bytes) -> None:
     with pytest.raises(RefusedError) as caught:
@@ -59,11 +71,14 @@ def test_refuses_json_that_two_readers_could_read_differently(text: bytes) -> No
     assert caught.value.code == "JSON_INVALID"
 
 
-def test_links_and_large_files_are_not_read(tmp_path: Path) -> None:
+def test_large_files_and_what_is_no_file_are_not_read(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"12345")
     (tmp_path / "link").symlink_to("file")
+    (tmp_path / "folder").mkdir()
+    os.mkfifo(tmp_path / "fifo")  # nobody writes into it: whoever opens it the usual way waits for ever
     assert read_limited(tmp_path / "file", 5) == b"12345"
-    for name, code in (("file", "FILE_TOO_LARGE"), ("link", "FILE_NOT_REGULAR")):
+    codes = {"file": "FILE_TOO_LARGE"} | dict.fromkeys(("link", "folder", "fifo"), "FILE_NOT_REGULAR")
+    for name, code in codes.items():
         with pytest.raises(FedcomposeError) as caught:
             read_limited(tmp_path / name, 4)
         assert caught.value.code == code

@@ -18,8 +18,8 @@ from typer.testing import CliRunner
 
 from fedcompose.cli import app, main
 from fedcompose.errors import ConfigError, FedcomposeError, RefusedError
-from fedcompose.keys import ENROLMENT_TYPE, FileSigner, NewKey, load_signer, new_key, read_enrolment
-from fedcompose.signing import check_signature, keyid_of, sign_envelope
+from fedcompose.keys import ENROLMENT_TYPE, NewKey, check_handed_over, load_signer, new_key, read_enrolment
+from fedcompose.signing import Signer, check_signature, keyid_of, sign_envelope
 
 PASSPHRASE = b"correct horse"
 
@@ -176,7 +176,7 @@ def test_a_signer_does_not_show_its_key(tmp_path: Path) -> None:
 # --- enrolment ------------------------------------------------------------------------------------
 
 
-def enrolment_by(signer: FileSigner, **changes: Any) -> bytes:
+def enrolment_by(signer: Signer, **changes: Any) -> bytes:
     document = {
         "schema": "fedcompose/enrolment/v1",
         "id": "site-a",
@@ -226,6 +226,18 @@ def test_refuses_an_enrolment_of_another_form(tmp_path: Path, changes: dict[str,
     signer = load_signer(site_key(tmp_path).private)
     assert read_enrolment(enrolment_by(signer)).id == "site-a"
     assert code_of(lambda: read_enrolment(enrolment_by(signer, **changes))) == "ENROLMENT_INVALID"
+
+
+def test_a_key_that_takes_over_is_asked_for_by_both_keys_and_lies_beside_the_old_one(tmp_path: Path) -> None:
+    old = site_key(tmp_path)
+    signer = load_signer(old.private)
+    second = new_key(tmp_path / "keys", "site-a", "site", "math", None, old=signer)
+    third = new_key(tmp_path / "keys", "site-a", "site", "math", None, old=load_signer(second.private))
+    assert (second.private.name, third.enrolment.name) == ("site-a-2.key", "site-a-3.enroll.json")
+    request = second.enrolment.read_bytes()
+    assert read_enrolment(request).replaces == old.keyid
+    check_handed_over(request, old.public.read_bytes())
+    assert code_of(lambda: check_handed_over(request, third.public.read_bytes())) == "ENVELOPE_KEY"
 
 
 @pytest.mark.parametrize("key", ["", "ключ", "-----BEGIN PUBLIC KEY-----\n"])
@@ -285,3 +297,22 @@ def test_the_command_does_not_make_an_unprotected_key_by_accident(
     assert stopped.value.code == 2
     assert "PASSPHRASE_NEEDED" in capsys.readouterr().err
     assert not (tmp_path / "keys").exists()
+
+
+def test_the_command_makes_the_key_that_takes_over(tmp_path: Path, passphrase_file: Path) -> None:
+    old = site_key(tmp_path, PASSPHRASE)
+    told = json.loads(
+        run("keys", "rotate", str(old.enrolment), "--passphrase-file", str(passphrase_file), "--json"),
+    )
+    assert (told["replaces"], told["private"]) == (old.keyid, str(old.private.with_name("site-a-2.key")))
+    assert load_signer(told["private"], passphrase_file).keyid == told["keyid"] != old.keyid
+    assert f"replaces     {old.keyid}" in run("keys", "show", told["enrolment"])
+
+
+def test_the_command_hands_over_from_no_other_key(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    mine, other = site_key(tmp_path / "mine"), site_key(tmp_path / "other")
+    with pytest.raises(SystemExit) as stopped:
+        main(["keys", "rotate", str(mine.enrolment), "--key", str(other.private), "--no-passphrase"])
+    assert stopped.value.code == 2
+    assert "KEY_OTHER" in capsys.readouterr().err
+    assert len(list(mine.private.parent.iterdir())) == 3

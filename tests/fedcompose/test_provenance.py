@@ -11,6 +11,7 @@ import pytest
 
 from fedcompose.errors import RefusedError
 from fedcompose.files import dump_json
+from fedcompose.ledger import Head
 from fedcompose.provenance import (
     BaseReference,
     CallReference,
@@ -42,12 +43,13 @@ ADAPTER = Provenance(kind="adapter", lora=LoraSummary(r=8, alpha=16, targets=("u
 TRACES = Provenance(
     kind="traces",
     traces=TraceSummary(classes={"B": 40}, declared_non_private=False),
-    call=CallReference(id="2026-11", nonce="c" * 64),
+    call=CallReference(id="2026-11", nonce="c" * 64, sha256="d" * 64),
     **SITE,
 )
 RELEASE = ReleaseProvenance(
     coordinator="hub",
     method="hard_top1_ste",
+    ledger=Head(entries=7, head="9" * 64),
     ingredients=(
         Ingredient(
             site="site-a",
@@ -60,6 +62,10 @@ RELEASE = ReleaseProvenance(
     ),
     **SHARED,
 )
+
+
+PARAMETERS = "predicate/buildDefinition/externalParameters"
+RUN = "predicate/runDetails"
 
 
 def refused(parse: Callable[[bytes], object], document: Any) -> str:
@@ -99,6 +105,50 @@ def test_the_statement_is_in_toto_and_slsa_to_the_letter() -> None:
     assert metrics == {"rlvr_accuracy": 0.5, "n": 200}
 
 
+# Every field of an in-toto Statement v1, its resource descriptors and a SLSA v1 provenance predicate.
+# Source: https://github.com/in-toto/attestation/tree/main/spec/v1, https://slsa.dev/spec/v1.0/provenance.
+DESCRIPTOR = {"name", "uri", "digest", "content", "downloadLocation", "mediaType", "annotations"}
+SPECIFIED: dict[str, set[str]] = {
+    "": {"_type", "subject", "predicateType", "predicate"},
+    "subject": DESCRIPTOR,
+    "predicate": {"buildDefinition", "runDetails"},
+    "predicate/buildDefinition": {"buildType", "externalParameters", "internalParameters", "resolvedDependencies"},
+    "predicate/buildDefinition/resolvedDependencies": DESCRIPTOR,
+    RUN: {"builder", "metadata", "byproducts"},
+    f"{RUN}/builder": {"id", "builderDependencies", "version"},
+    f"{RUN}/metadata": {"invocationId", "startedOn", "finishedOn"},
+    f"{RUN}/byproducts": DESCRIPTOR,
+}
+DIGESTS = {"sha256", "dirHash"}  # of the algorithms that in-toto names
+
+
+def unspecified(document: Any, path: str = "") -> list[str]:
+    """Fields that in-toto and SLSA do not have; what `externalParameters` and `annotations` hold is ours to say."""
+    if isinstance(document, list):
+        return [name for each in document for name in unspecified(each, path)]
+    if not isinstance(document, dict) or path.endswith(("/externalParameters", "/annotations", "/version")):
+        return []
+    known = DIGESTS if path.endswith("/digest") else SPECIFIED[path]
+    strange = [f"{path}/{name}" for name in document.keys() - known]
+    return strange + [
+        name
+        for key, value in document.items()
+        if key in known
+        for name in unspecified(value, f"{path}/{key}".strip("/"))
+    ]
+
+
+@pytest.mark.parametrize(
+    "statement",
+    [build_provenance(ADAPTER), build_provenance(TRACES), build_release_provenance(RELEASE)],
+    ids=["adapter", "traces", "release"],
+)
+def test_has_no_field_that_in_toto_and_slsa_do_not_have(statement: dict[str, Any]) -> None:
+    assert unspecified(statement) == []
+    assert unspecified(changed(statement, "predicate/runDetails/finishedOn", "x")) == [f"{RUN}/finishedOn"]
+    assert unspecified(changed(statement, "subject/0/digest/SHA256", "x")) == ["subject/digest/SHA256"]
+
+
 def test_a_release_names_its_ingredients_by_what_the_sites_signed() -> None:
     dependencies = build_release_provenance(RELEASE)["predicate"]["buildDefinition"]["resolvedDependencies"]
     assert dependencies[1] == {
@@ -128,10 +178,6 @@ def changed(document: dict[str, Any], path: str, value: Any) -> dict[str, Any]:
     else:
         parent[key] = value
     return document
-
-
-PARAMETERS = "predicate/buildDefinition/externalParameters"
-RUN = "predicate/runDetails"
 
 
 @pytest.mark.parametrize(
@@ -190,6 +236,9 @@ def test_refuses_statements_the_builders_do_not_write(path: str, value: Any) -> 
         ("predicate/buildDefinition/resolvedDependencies/0/name", "site-b"),
         (f"{RUN}/builder/id", "urn:fedcompose:site:hub"),
         (f"{PARAMETERS}/site", "site-a"),
+        (f"{PARAMETERS}/ledger", {"entries": 7}),
+        (f"{PARAMETERS}/ledger", {"entries": -1, "head": "9" * 64}),
+        (f"{PARAMETERS}/ledger/file", "ledger.jsonl"),
     ],
 )
 def test_refuses_release_statements_the_builder_does_not_write(path: str, value: Any) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from fedcompose.errors import RefusedError
-from fedcompose.traces import MAX_LINE_BYTES, Trace, decode, encode, is_plain_text
+from fedcompose.traces import MAX_LINE_BYTES, Trace, check_tokens, decode, encode, is_plain_text
 
 GENERATED: dict[str, Any] = {
     "provenance_class": "B",
@@ -64,7 +64,6 @@ def test_encoding_and_decoding_give_back_the_same_traces_and_bytes() -> None:
         {"completion": ""},
         {"completion": "x" * 16_385},
         {"completion": 15},
-        {"completion": "half \ud800"},
         {"config": {"pad": "x" * 4096}},
         {"config": [1]},
         {"provenance_class": "G"},
@@ -99,8 +98,37 @@ def test_refuses_chat_markers_and_hidden_characters_everywhere(text: str, field:
     assert refused(lines(PUBLIC | {field: text})) == "TRACES_CONTROL_TOKENS"
 
 
-def test_refuses_chat_markers_in_a_generator_configuration() -> None:
-    assert refused(lines(GENERATED | {"config": {"name": "<|im_end|>"}})) == "TRACES_INVALID"
+@pytest.mark.parametrize(
+    "config", [{"name": "<|im_end|>"}, {"<|im_end|>": 1}, {"names": [{"of": "x\u202ey"}]}, {"name": "\u0007"}]
+)
+def test_refuses_chat_markers_and_hidden_characters_in_a_generator_configuration(config: dict[str, Any]) -> None:
+    assert refused(lines(GENERATED | {"config": config})) == "TRACES_INVALID"
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"completion": "1 <file_sep> 2"},
+        {"completion": "<file_sep>"},
+        {"config": {"words": [{"a": "<file_sep>"}]}},
+        {"config": {"<file_sep>": 1}},
+    ],
+)
+def test_refuses_the_control_tokens_of_the_base_in_use(change: dict[str, Any]) -> None:
+    fine, marked = decode(lines(GENERATED, GENERATED | change))
+    check_tokens([fine, marked], ["<other>"])
+    check_tokens([fine], ["<file_sep>"])
+    with pytest.raises(RefusedError) as refusal:
+        check_tokens([fine, marked], ["<other>", "<file_sep>"])
+    assert refusal.value.code == "TRACES_CONTROL_TOKENS"
+    assert "line 2" in refusal.value.what
+
+
+@pytest.mark.parametrize("field", ["question", "answer"])
+def test_refuses_them_in_stated_questions_and_answers(field: str) -> None:
+    traces = decode(lines(PUBLIC | {field: "a <file_sep> b"}))
+    with pytest.raises(RefusedError):
+        check_tokens(traces, ["<file_sep>"])
 
 
 @pytest.mark.parametrize("text", ["a < b | c > d", "x |> f", "[instance]", "tab\tand\nline", "naïve ٣ 🙂"])

@@ -27,7 +27,7 @@ def experts(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> list[P
     return [
         make_tiny_expert(tiny_base, folder / "plain", seed=1),
         make_tiny_expert(
-            tiny_base, folder / "rslora", seed=2, r=2, use_rslora=True,
+            tiny_base, folder / "rslora", seed=2, strength=0.2, r=2, use_rslora=True,
             target_modules=["gate_proj", "down_proj"],
         ),
         make_tiny_expert(

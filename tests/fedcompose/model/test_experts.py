@@ -86,7 +86,7 @@ def test_experts_take_the_number_format_of_the_base() -> None:
 @pytest.mark.parametrize("rslora", [False, True])
 def test_scales_come_from_the_adapter_itself(tiny_base: Path, tmp_path: Path, rslora: bool) -> None:
     folder = make_tiny_expert(
-        tiny_base, tmp_path / "expert", r=4, lora_alpha=6, use_rslora=rslora,
+        tiny_base, tmp_path / "expert", strength=0.2, r=4, lora_alpha=6, use_rslora=rslora,
         rank_pattern={"up_proj": 9}, alpha_pattern={"model.layers.1.mlp.gate_proj": 5},
     )  # fmt: skip
 

@@ -32,7 +32,9 @@ def release(talking_sim: FederationSim) -> VerifiedRelease:
     from fedcompose.release import ReceivedRelease, verify_release
 
     folder = talking_sim.coordinator_home / "release"
-    return verify_release(ReceivedRelease(folder), [talking_sim.root.keyid])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FEDCOMPOSE_HOME", str(talking_sim.folder.parent / "home"))
+        return verify_release(ReceivedRelease(folder), [talking_sim.root.keyid])
 
 
 @pytest.fixture(scope="session")

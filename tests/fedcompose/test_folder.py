@@ -1,0 +1,63 @@
+"""Somebody else's folder may change while it is read: what was hashed is what was used, and no link is followed."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fedcompose.errors import RefusedError
+from fedcompose.folder import copy_file, hash_file, list_files, open_hashed
+
+DATA = bytes(range(256)) * 4000
+
+
+def test_the_digest_is_of_the_bytes_that_were_handed_out_even_if_the_file_changes(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(DATA)
+    with open_hashed(tmp_path, "file", len(DATA)) as file:
+        seen = file.read(300_000)
+        path.write_bytes(b"x" * len(DATA))
+        seen += file.read(300_000) + file.read(len(DATA))
+        assert file.digest() == hashlib.sha256(seen).hexdigest()
+    assert len(seen) == file.size == len(DATA)
+    assert seen != DATA and not seen.startswith(b"x")
+
+
+def test_all_ways_of_reading_give_one_digest_and_one_limit(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(DATA)
+    expected = hashlib.sha256(DATA).hexdigest()
+    assert hash_file(tmp_path, "file", len(DATA)) == expected
+    assert copy_file(tmp_path, "file", len(DATA), tmp_path / "copy") == expected
+    assert (tmp_path / "copy").read_bytes() == DATA
+    for action in (
+        lambda: hash_file(tmp_path, "file", len(DATA) - 1),
+        lambda: copy_file(tmp_path, "file", len(DATA) - 1, tmp_path / "large"),
+    ):
+        with pytest.raises(RefusedError) as caught:
+            action()
+        assert caught.value.code == "FILE_TOO_LARGE"
+
+
+def test_a_folder_that_becomes_a_link_while_it_is_listed_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, real = tmp_path / "folder", os.stat
+    (folder / "inner").mkdir(parents=True)
+    (folder / "inner" / "file").write_bytes(b"x")
+    assert list_files(folder) == {"inner/file": 1}
+
+    def swap(name: str, **options: Any) -> os.stat_result:
+        found = real(name, **options)
+        if name == "inner":
+            (folder / "inner").rename(tmp_path / "moved")
+            (folder / "inner").symlink_to(tmp_path / "moved")
+        return found
+
+    monkeypatch.setattr(os, "stat", swap)
+    with pytest.raises(RefusedError) as caught:
+        list_files(folder)
+    assert caught.value.code == "FILE_CHANGED"

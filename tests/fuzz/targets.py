@@ -1,0 +1,327 @@
+"""What an enemy may send, and what must come of it: a refusal, or a meaning that was intended.
+
+Some targets play a courier without a key: whatever is accepted must mean what the original meant. The others play a
+dishonest signer, whose key makes anything look genuine: what is accepted must be readable once more from the form in
+which this program would write it. Nothing here needs a model package.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from fedcompose import ledger
+from fedcompose.adapter import (
+    StoredTensor,
+    canonical_safetensors,
+    parse_adapter,
+    parse_config,
+    parse_safetensors,
+    tensor_name,
+)
+from fedcompose.call import CALL_TYPE, make_call, verify_call
+from fedcompose.drafts import create_federation, enrol
+from fedcompose.errors import FedcomposeError
+from fedcompose.federation import FEDERATION_TYPE, verify_federation
+from fedcompose.files import parse_json
+from fedcompose.keys import ENROLMENT_TYPE, load_signer, new_key, read_enrolment
+from fedcompose.provenance import (
+    BaseReference,
+    Ingredient,
+    LoraSummary,
+    Provenance,
+    ReleaseProvenance,
+    build_provenance,
+    build_release_provenance,
+    parse_provenance,
+    parse_release_provenance,
+)
+from fedcompose.release import parse_composition
+from fedcompose.revocations import (
+    REVOCATIONS_TYPE,
+    RevokedKey,
+    WithdrawnRelease,
+    next_revocations,
+    no_revocations,
+    verify_revocations,
+)
+from fedcompose.signing import (
+    STATEMENT_PAYLOAD_TYPE,
+    Signer,
+    load_public_key,
+    public_pem_of,
+    sign_envelope,
+    sign_files,
+    verify_files,
+)
+from fedcompose.traces import Trace, decode, encode
+
+NOW = datetime(2026, 11, 20, 9, tzinfo=UTC)
+FEDERATION = "urn:uuid:6b0c0000-0000-4000-8000-000000000004"
+MODULE = "model.layers.0.mlp.up_proj"
+CONFIG = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["up_proj"], "rank_pattern": {"q": 1}}
+TENSORS = re.compile(rb"(?s)(?P<size>.{8})(?P<header>\{.*?\} *)(?P<body>.*)")
+
+Form = Literal["json", "lines", "safetensors", "bytes"]
+
+
+@dataclass(frozen=True)
+class Target:
+    """`read` gives the meaning of what it accepts; of a courier's bytes it must be that of the seed."""
+
+    form: Form
+    seed: bytes
+    read: Callable[[bytes], object]
+    courier: bool = False
+
+    def try_(self, data: bytes) -> bool:
+        """Whether these bytes were accepted. Any error but a refusal is a finding, and so is another meaning."""
+        try:
+            meaning = self.read(data)
+        except FedcomposeError as refusal:
+            said = refusal.diagnostics()
+            assert all(line.isprintable() for line in said.split("\n")), ascii(said)
+            return False
+        assert not self.courier or meaning == self.read(self.seed), "another meaning was accepted"
+        return True
+
+
+def targets(folder: Path) -> dict[str, Target]:
+    """All targets by name; keys, and what has to lie in a file, go into `folder`."""
+    root, hub, site = (
+        _key(folder, name, role) for name, role in (("root", "root"), ("hub", "coordinator"), ("a", "site"))
+    )
+    federation_file = _federation_file(folder, root)
+    known = verify_federation(federation_file, root_fingerprints=[root.keyid], now=NOW)
+    digests = {"adapter_config.json": "1" * 64, "adapter_model.safetensors": "2" * 64, "provenance.json": "3" * 64}
+    bundle = sign_files("adapter", digests, site)
+    call = make_call(known, hub, "tiny", ["adapter"], deadline=NOW + timedelta(days=1), now=NOW, nonce=bytes(32))
+    withdrawn = next_revocations(
+        no_revocations(FEDERATION),
+        [RevokedKey(keyid=site.keyid, at=NOW, reason="compromised")],
+        [WithdrawnRelease(dirHash="4" * 64, at=NOW)],
+        root,
+        NOW,
+    )
+    enrolment = (folder / "a.enroll.json").read_bytes()
+    config, tensors = json.dumps(CONFIG).encode(), canonical_safetensors(_tensors())
+
+    def read_federation(envelope: bytes) -> object:
+        found = verify_federation(envelope, root_fingerprints=[root.keyid], now=NOW)
+        written = found.model_dump_json(by_alias=True).encode()
+        again = sign_envelope(written, FEDERATION_TYPE, [root])
+        assert verify_federation(again, root_fingerprints=[root.keyid], now=NOW) == found
+        return found
+
+    def read_call(envelope: bytes) -> object:
+        found = verify_call(envelope, known, "a", NOW)
+        assert verify_call(sign_envelope(found.payload, CALL_TYPE, [hub]), known, "a", NOW) == found
+        return found
+
+    def read_revocations(envelope: bytes) -> object:
+        found = verify_revocations(envelope, known)
+        again = sign_envelope(found.model_dump_json(by_alias=True).encode(), REVOCATIONS_TYPE, [root])
+        assert verify_revocations(again, known) == found
+        return found
+
+    def read_ledger(data: bytes) -> object:
+        path = folder / "ledger.jsonl"
+        path.write_bytes(data)
+        entries = ledger.verify(path)
+        assert len(entries) == data.count(b"\n")
+        return entries
+
+    return {
+        "bundle": Target("json", bundle, lambda data: verify_files(data, site.public_pem), courier=True),
+        "statement": Target("json", _inside(bundle), lambda data: _read_statement(data, bundle, site)),
+        "federation file": Target("json", federation_file, read_federation, courier=True),
+        "federation": Target("json", _payload(federation_file), _signed(FEDERATION_TYPE, root, read_federation)),
+        "call file": Target("json", call, read_call, courier=True),
+        "call": Target("json", _payload(call), _signed(CALL_TYPE, hub, read_call)),
+        "revocations file": Target("json", withdrawn, read_revocations, courier=True),
+        "revocations": Target("json", _payload(withdrawn), _signed(REVOCATIONS_TYPE, root, read_revocations)),
+        "enrolment file": Target("json", enrolment, read_enrolment, courier=True),
+        "enrolment": Target("json", _payload(enrolment), _signed(ENROLMENT_TYPE, site, read_enrolment)),
+        "provenance": Target("json", _dumped(build_provenance(_claims())), _read_provenance),
+        "release provenance": Target(
+            "json", _dumped(build_release_provenance(_release_claims())), _read_release_provenance
+        ),
+        "composition": Target("json", _dumped(_composition()), _read_composition),
+        "configuration": Target("json", config, _read_config),
+        "weights": Target("safetensors", tensors, lambda data: _read_weights(config, data)),
+        "router": Target("safetensors", tensors, _read_tensors),
+        "traces": Target("lines", encode(_traces()), _read_traces),
+        "ledger": Target("lines", _ledger(folder / "seed.jsonl"), read_ledger),
+        "public key": Target("bytes", site.public_pem, _read_key),
+        "json": Target("json", _dumped({"a": [1, -2.5e3, "é", None, True, {"b": {}}], "c": ""}), _read_json),
+    }
+
+
+# --- how each is read -----------------------------------------------------------------------------
+
+
+def _signed(kind: str, signer: Signer, read: Callable[[bytes], object]) -> Callable[[bytes], object]:
+    return lambda payload: read(sign_envelope(payload, kind, [signer]))
+
+
+def _read_statement(payload: bytes, bundle: bytes, signer: Signer) -> object:
+    envelope = json.loads(sign_envelope(payload, STATEMENT_PAYLOAD_TYPE, [signer]))
+    envelope["signatures"][0]["keyid"] = ""
+    document = json.loads(bundle) | {"dsseEnvelope": envelope}
+    found = verify_files(json.dumps(document).encode(), signer.public_pem)
+    assert verify_files(sign_files(found.name, found.digests, signer), signer.public_pem).digests == found.digests
+    return found
+
+
+def _read_provenance(data: bytes) -> object:
+    found = parse_provenance(data)
+    assert parse_provenance(_dumped(build_provenance(found))) == found
+    return found
+
+
+def _read_release_provenance(data: bytes) -> object:
+    found = parse_release_provenance(data)
+    assert parse_release_provenance(_dumped(build_release_provenance(found))) == found
+    return found
+
+
+def _read_composition(data: bytes) -> object:
+    found = parse_composition(data)
+    assert parse_composition(found.model_dump_json(by_alias=True).encode()) == found
+    return found
+
+
+def _read_config(data: bytes) -> object:
+    found = parse_config(data)
+    assert 0 < found.scale(MODULE) < 1e5 and 1 <= found.rank(MODULE) <= 512
+    return found
+
+
+def _read_weights(config: bytes, data: bytes) -> object:
+    found = parse_adapter(config, data, None)
+    assert parse_adapter(config, canonical_safetensors(found.tensors), None).tensors == found.tensors
+    assert all(np.isfinite(tensor.float32()).all() for tensor in found.tensors.values())
+    return found
+
+
+def _read_tensors(data: bytes) -> object:
+    found = parse_safetensors(data)
+    assert parse_safetensors(canonical_safetensors(found)) == found
+    for tensor in found.values():
+        assert tensor.float32().shape == tensor.shape and tensor.shape[0] > 0
+    return found
+
+
+def _read_traces(data: bytes) -> object:
+    found = decode(data)
+    assert decode(encode(found)) == found
+    return found
+
+
+def _read_key(pem: bytes) -> object:
+    found = public_pem_of(load_public_key(pem))
+    assert found == pem
+    return found
+
+
+def _read_json(data: bytes) -> object:
+    found = parse_json(data, "it")
+    assert parse_json(json.dumps(found).encode(), "it") == found == json.loads(data)
+    return found
+
+
+# --- good things to begin with --------------------------------------------------------------------
+
+
+def _key(folder: Path, name: str, role: Any) -> Signer:
+    return load_signer(new_key(folder, name, role, "clock" if role == "site" else None, None).private)
+
+
+def _federation_file(folder: Path, root: Signer) -> bytes:
+    envelope = create_federation("Test", root, "root", {"tiny": "1" * 64}, FEDERATION, NOW)
+    for name in ("hub", "a"):
+        envelope = enrol(envelope, (folder / f"{name}.enroll.json").read_bytes(), root, NOW)
+    return envelope
+
+
+def _payload(envelope: bytes) -> bytes:
+    return base64.b64decode(json.loads(envelope)["payload"])
+
+
+def _inside(bundle: bytes) -> bytes:
+    return base64.b64decode(json.loads(bundle)["dsseEnvelope"]["payload"])
+
+
+def _dumped(document: Mapping[str, Any]) -> bytes:
+    return json.dumps(document).encode()
+
+
+def _claims() -> Provenance:
+    return Provenance(
+        federation=FEDERATION,
+        federation_version=3,
+        base=BaseReference(name="tiny", dir_hash="1" * 64),
+        subjects={"adapter_config.json": "2" * 64, "adapter_model.safetensors": "3" * 64},
+        invocation="urn:uuid:6b0c0000-0000-4000-8000-000000000005",
+        finished=NOW,
+        metrics={"accuracy": 0.5},
+        versions={"fedcompose": "0.1.0"},
+        kind="adapter",
+        site="a",
+        domain="clock",
+        sequence=7,
+        expires=NOW + timedelta(days=14),
+        lora=LoraSummary(r=2, alpha=4.0, targets=("up_proj",)),
+    )
+
+
+def _release_claims() -> ReleaseProvenance:
+    entry = Ingredient(
+        site="a", dir_hash="4" * 64, payload_sha256="5" * 64, keyid="6" * 64, sequence=7, received_on=NOW
+    )
+    shared = _claims().model_dump(include={"federation", "federation_version", "subjects", "invocation", "versions"})
+    return ReleaseProvenance(
+        **shared, base=_claims().base, finished=NOW, coordinator="hub", method="hard_top1_ste", ingredients=(entry,)
+    )
+
+
+def _composition() -> dict[str, Any]:
+    return {
+        "schema": "fedcompose/composition/v1",
+        "method": "hard_top1_ste",
+        "base": {"name": "tiny", "dirHash": "1" * 64},
+        "router": {"type": "linear", "granularity": "token", "shared": True, "input": "mlp", "top_k": 1},
+        "experts": [{"site": "a", "domain": "clock", "dirHash": "4" * 64}],
+        "targets": ["up_proj"],
+        "attention": {"r": 4, "alpha": 8},
+        "training": {"steps": 3},
+    }
+
+
+def _tensors() -> dict[str, StoredTensor]:
+    values = np.random.default_rng(0).normal(scale=0.01, size=(2, 4)).astype("<f4")
+    return {
+        tensor_name(MODULE, "A"): StoredTensor("F32", (2, 4), memoryview(values.tobytes())),
+        tensor_name(MODULE, "B"): StoredTensor("BF16", (3, 2), memoryview(b"\x00\x3c" * 6)),
+    }
+
+
+def _traces() -> list[Trace]:
+    return [
+        Trace(provenance_class="B", task="exact", generator="clock", config={"h": 24}, seed=1, completion="Answer: 1"),
+        Trace(provenance_class="C", task="exact", question="1 + 1?", answer="2", completion="Answer: 2"),
+    ]
+
+
+def _ledger(path: Path) -> bytes:
+    for number in range(3):
+        ledger.append(path, "refused", NOW, contribution=f"{number:064x}", code="REPLAYED", bytes=number)
+    return path.read_bytes()
