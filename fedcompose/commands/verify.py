@@ -159,6 +159,8 @@ def _release_rows(release: VerifiedRelease) -> Iterable[Row]:
             f"site's signature, key {expert.keyid[:SHORT]}, received {format_time(expert.received_on)}, same base",
         )
     yield "router", f"{len(release.experts)} experts", "one row each, in this order"
+    for site in release.composition.get("masked", ()):
+        yield "masked", site, "its expert was there in training and is not here; the rest stayed as it was"
 
 
 def _contribution_rows(found: VerifiedContribution) -> Iterable[Row]:

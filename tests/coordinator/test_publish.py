@@ -1,9 +1,11 @@
 from __future__ import annotations
 
+from datetime import timedelta
+
 import pytest
 
 from fedcompose.errors import ConfigError, RefusedError
-from fedcompose.files import folder_digests, write_json
+from fedcompose.files import folder_digests, read_json, write_json
 from tests.federation_sim import FederationSim
 
 
@@ -51,3 +53,19 @@ def test_only_a_coordinator_of_the_federation_releases(sim: FederationSim) -> No
     with pytest.raises(RefusedError) as refusal:
         sim.release()
     assert refusal.value.code == "KEY_UNKNOWN"
+
+
+def test_the_same_inputs_at_the_same_time_give_the_same_release(sim: FederationSim) -> None:
+    first = sim.released()
+    again = sim.release()
+    sim.now += timedelta(seconds=1)
+    assert first.dir_hash == again.dir_hash != sim.release().dir_hash
+
+
+def test_a_merge_is_not_released(sim: FederationSim) -> None:
+    sim.released()
+    candidate = sim.coordinator_home / "candidate"
+    write_json(candidate / "composition.json", {**read_json(candidate / "composition.json"), "router": None})
+    with pytest.raises(ConfigError) as error:
+        sim.release()
+    assert error.value.code == "CANDIDATE_NO_ROUTER"
