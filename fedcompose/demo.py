@@ -17,7 +17,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
@@ -73,6 +73,7 @@ class Demo:
     seed: int = 0
     quick: bool = False
     base: str = BASE
+    scenarios: Sequence[Scenario] = SCENARIOS
     on_start: Callable[[str, str], None] = lambda step, command: None
     running: dict[str, tuple[Path, float]] = field(default_factory=dict)
 
@@ -110,12 +111,20 @@ class Demo:
 
 def run_demo(demo: Demo) -> dict[str, Any]:
     """Run everything and return what `report.json` holds."""
+    train_and_receive(demo)
+    compose_and_release(demo)
+    return dict(json.loads((demo.out / "report.json").read_text()))
+
+
+def train_and_receive(demo: Demo) -> None:
+    """Everything up to the coordinator's store: a federation, every site's training, what they signed taken in."""
     (demo.out / "logs").mkdir(parents=True, exist_ok=True)
     demo.step("base", "base", "pull", demo.base)
     found_federation(demo)
-    in_parallel(train_site, [(demo, scenario) for scenario in SCENARIOS])
-    compose_and_release(demo)
-    return dict(json.loads((demo.out / "report.json").read_text()))
+    in_parallel(train_site, [(demo, scenario) for scenario in demo.scenarios])
+    hub = demo.out / "coordinator"
+    demo.step("collect", "coordinator", "collect", "--home", hub, *_sites(demo))
+    demo.step("receive", "coordinator", "receive", hub / "inbox", "--home", hub)
 
 
 def found_federation(demo: Demo) -> None:
@@ -131,7 +140,7 @@ def found_federation(demo: Demo) -> None:
         "--out", federation,
     )  # fmt: skip
     enrolments = [hub / "keys" / "hub.enroll.json"]
-    for scenario in SCENARIOS:
+    for scenario in demo.scenarios:
         keys = demo.out / "sites" / scenario.site / "keys"
         demo.step(
             f"{scenario.site}-key", "keys", "new", scenario.site, "--role", "site", "--domain", scenario.domain,
@@ -143,9 +152,9 @@ def found_federation(demo: Demo) -> None:
         demo.step(
             f"{name}-enroll", "federation", "enroll", enrolment, "--root-key", root_key, "--federation", federation
         )
-    for folder in (hub, *(demo.out / "sites" / scenario.site for scenario in SCENARIOS)):
+    for folder in (hub, *(demo.out / "sites" / scenario.site for scenario in demo.scenarios)):
         write_atomic(folder / "federation.json", federation.read_bytes())
-    for scenario in SCENARIOS:
+    for scenario in demo.scenarios:
         _init_site(demo, scenario)
         demo.once(f"{scenario.site}-settings", partial(_adapt_site, demo, scenario))
     demo.step("hub-init", "coordinator", "init", "--id", "hub", "--home", hub, "--base", demo.base)
@@ -163,14 +172,12 @@ def train_site(demo: Demo, scenario: Scenario) -> None:
 def compose_and_release(demo: Demo) -> None:
     """What the coordinator does; the control without experts is trained beside the real thing."""
     hub = demo.out / "coordinator"
-    demo.step("collect", "coordinator", "collect", "--home", hub, *_sites(demo))
-    demo.step("receive", "coordinator", "receive", hub / "inbox", "--home", hub)
     compose = ("coordinator", "compose", "--home", hub)
     in_parallel(demo_step, [(demo, "compose", compose), (demo, "control", (*compose, "--attention-only"))])
     demo.step("evaluate", "coordinator", "evaluate", "--home", hub)
     demo.step("release", "coordinator", "release", "--home", hub)
     results: list[str | Path] = []
-    for scenario in SCENARIOS:
+    for scenario in demo.scenarios:
         results += ["--training", demo.out / "sites" / scenario.site / "runs" / scenario.domain / "result.json"]
     demo.step("report", "coordinator", "report", "--home", hub, "--out", demo.out, *results)
     _copy_folder(hub / "release", demo.out / "release")
@@ -209,9 +216,7 @@ def _adapt_site(demo: Demo, scenario: Scenario) -> None:
     """The demo's training settings, typed into `site.toml`."""
     path = demo.out / "sites" / scenario.site / "site.toml"
     settings = TRAINING | scenario.training | (QUICK_TRAINING if demo.quick else {}) | {"seed": demo.seed}
-    text = path.read_text()
-    for name, value in settings.items():
-        text = _set(text, name, value)
+    text = with_settings(path.read_text(), settings)
     config = ", ".join(f"{key} = {json.dumps(value)}" for key, value in scenario.config.items())
     source = f"config = {{ {config} }}\n" + (f"prompts = {QUICK_TRACE_PROMPTS}\n" if demo.quick else "")
     generator = f'generator = "{scenario.generator}"\n'
@@ -222,11 +227,10 @@ def _adapt_site(demo: Demo, scenario: Scenario) -> None:
 def _adapt_coordinator(demo: Demo) -> None:
     """The demo's settings and the domains' public generators, typed into `coordinator.toml`."""
     path = demo.out / "coordinator" / "coordinator.toml"
-    text = _set(_set(_set(path.read_text(), "processes", 2), "seed", demo.seed), "max_new_tokens", 28)
-    text = _set(_set(text, "steps", 6 if demo.quick else 44), "batch", 9)
-    if demo.quick:
-        text = _set(text, "prompts_per_domain", 20)
-    for scenario in SCENARIOS:
+    settings = {"processes": 2, "seed": demo.seed, "max_new_tokens": 28, "steps": 44, "batch": 3 * len(demo.scenarios)}
+    settings |= {"steps": 6, "prompts_per_domain": 20} if demo.quick else {}
+    text = with_settings(path.read_text(), settings)
+    for scenario in demo.scenarios:
         config = ", ".join(f"{key} = {json.dumps(value)}" for key, value in scenario.config.items())
         text += f'\n[domains.{scenario.domain}]\nsite = "{scenario.site}"\ngenerator = "{scenario.generator}"\n'
         text += f"config = {{ {config} }}\n"
@@ -234,15 +238,16 @@ def _adapt_coordinator(demo: Demo) -> None:
 
 
 def _sites(demo: Demo) -> list[str | Path]:
-    return [part for scenario in SCENARIOS for part in ("--sites", demo.out / "sites" / scenario.site)]
+    return [part for scenario in demo.scenarios for part in ("--sites", demo.out / "sites" / scenario.site)]
 
 
-def _set(text: str, name: str, value: object) -> str:
-    """The TOML text with the first setting of that name changed, its comment kept."""
-    changed, count = re.subn(rf"^{name} = [^#\n]*", f"{name} = {value}  ", text, count=1, flags=re.MULTILINE)
-    if not count:
-        raise ValueError(f"no setting {name} in the template")
-    return changed
+def with_settings(text: str, values: Mapping[str, object]) -> str:
+    """The TOML text with the first setting of each name changed, its comment kept."""
+    for name, value in values.items():
+        text, count = re.subn(rf"^{name} = [^#\n]*", f"{name} = {value}  ", text, count=1, flags=re.MULTILINE)
+        if not count:
+            raise ValueError(f"no setting {name} in the template")
+    return text
 
 
 def _copy_folder(source: Path, target: Path) -> None:

@@ -3,8 +3,9 @@
 An accuracy is a share of right answers, so its interval is Wilson's. Two models are compared on the same
 prompts, so their difference gets the paired score interval of Tango, which leaves out 0 just when McNemar's
 test rejects. A mean over domains combines its parts' intervals (MOVER). A ratio such as the retention has no
-such formula; it is bootstrapped with a fixed seed. Every function takes 0/1 vectors or counts and gives an
-`Interval`; nothing here knows about models.
+such formula, and neither has anything over several training runs: these are bootstrapped with a fixed seed. What is
+said of one run takes 0/1 vectors or counts and gives an `Interval`; over several runs, see `Resampling`. Nothing here
+knows about models.
 """
 
 from __future__ import annotations
@@ -139,6 +140,49 @@ def retention(domains: Mapping[str, Ingredients]) -> tuple[dict[str, Interval | 
         return per_domain, None
     mean = sum(part.value for part in found) / len(found)
     return per_domain, _percentiles(mean, np.mean(list(draws.values()), axis=0), sum(part.n for part in found))
+
+
+Draws = NDArray[np.float64]  # (1 + BOOTSTRAP_DRAWS,): what was measured, then what other prompts and runs would give
+
+
+class Resampling:
+    """Other prompts and other training runs, drawn once, so that whatever is computed from them is paired.
+
+    A draw weighs the prompts of every domain, and the runs, independently of one another; the first "draw" is what
+    was measured. Arithmetic on the draws of several means, such as `composed - base`, gives the draws of the result.
+    Of R runs a draw takes R - 1, which makes the variance between runs right on average; with two or three of them it
+    is a rough guess still, so show the runs themselves as well.
+    Source: A. B. Owen, Annals of Applied Statistics 1 (2007), 386-411 (crossed effects);
+    P. J. McCarthy and C. B. Snowden, Vital and Health Statistics 2-95 (1985) (R - 1).
+    """
+
+    def __init__(self, prompts: Mapping[str, int], runs: int) -> None:
+        """`prompts`: how many of each domain."""
+        rng = np.random.default_rng(BOOTSTRAP_SEED)
+        self._runs = _weights(rng, runs, max(1, runs - 1))
+        self._prompts = {name: _weights(rng, count, count) for name, count in sorted(prompts.items())}
+
+    def mean(self, domain: str, answers: Sequence[Sequence[int]]) -> Draws:
+        """The share of right answers; `answers` is a 0/1 vector for each run, over the domain's prompts."""
+        right = np.asarray(answers, dtype=np.float64)
+        return np.asarray(((self._prompts[domain] @ right.T) * self._runs).sum(1))
+
+
+def drawn_interval(draws: Draws, n: int) -> Interval | None:
+    """The measured value between the percentiles of the draws that have one (NaN: none); None where it has none."""
+    value, others = float(draws[0]), draws[1:]
+    return None if math.isnan(value) else _percentiles(value, others, n)
+
+
+def drawn_ratio(part: Draws, whole: Draws) -> Draws:
+    """`part / whole`, NaN where the whole is not above zero."""
+    return np.where(whole > 0, part / np.where(whole > 0, whole, 1.0), np.nan)
+
+
+def _weights(rng: np.random.Generator, size: int, taken: int) -> NDArray[np.float64]:
+    """(1 + draws, size), rows that add up to 1: all alike, then how often each was among `taken`."""
+    drawn = rng.multinomial(taken, np.full(size, 1 / size), size=BOOTSTRAP_DRAWS) / taken
+    return np.vstack([np.full(size, 1 / size), drawn])
 
 
 def _retention_draws(parts: Ingredients, rng: np.random.Generator) -> tuple[float | None, NDArray[np.float64]]:

@@ -46,7 +46,7 @@ from fedcompose.contribution import (
     read_unchanged,
     verify_contribution,
 )
-from fedcompose.errors import RefusedError
+from fedcompose.errors import ConfigError, RefusedError
 from fedcompose.federation import (
     Coordinator,
     Digest,
@@ -67,6 +67,7 @@ from fedcompose.provenance import (
     parse_release_provenance,
 )
 from fedcompose.revocations import RevokedKey
+from fedcompose.routing import RouterConfig
 from fedcompose.signing import SIGNATURE_FILE, SignedFiles, read_hint, verify_files
 from fedcompose.trust_state import accepted_federation, accepted_revocations, remembered_federation
 
@@ -99,29 +100,25 @@ class _ComposedBase(_Part):
     dir_hash: Digest = Field(alias="dirHash")
 
 
-class _Router(_Part):
-    type: Literal["linear"]
-    granularity: Literal["token"]
-    shared: Literal[True]
-    input: Literal["mlp"]
-    top_k: Literal[1]
-
-
 class _Attention(_Part):
     r: Annotated[int, Field(ge=1)]
     alpha: Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
 class Composition(_Part):
-    """`composition.json`: how the parts of a release belong together. `training` is for people to read."""
+    """`composition.json`: how the parts of a release belong together. `training` is for people to read.
+
+    `masked`: sites whose experts the router and the attention LoRA were trained beside, and that were then taken out.
+    """
 
     schema_: Literal["fedcompose/composition/v1"] = Field(alias="schema")
-    method: Literal["hard_top1_ste"]
+    method: Label
     base: _ComposedBase
-    router: _Router
+    router: RouterConfig
     experts: Annotated[tuple[ComposedExpert, ...], Field(strict=False, min_length=1, max_length=512)]
     targets: Annotated[tuple[Label, ...], Field(strict=False, min_length=1, max_length=64)]
     attention: _Attention | None
+    masked: Annotated[tuple[Identifier, ...], Field(strict=False, max_length=512)] = ()
     training: dict[str, Any]
 
 
@@ -278,6 +275,8 @@ def parse_composition(data: bytes) -> Composition:
         raise RefusedError(
             "COMPOSITION_INVALID", f"{COMPOSITION_FILE} is not acceptable", got=f"{where!a}: {first['type']}"
         ) from None
+    except ConfigError as error:
+        raise RefusedError("COMPOSITION_INVALID", f"{COMPOSITION_FILE}: {error.what}", got=error.got) from None
 
 
 def required_files(sites: Collection[str], attention: bool) -> dict[str, int]:
@@ -382,6 +381,8 @@ def _check_composition(composition: Composition, claims: ReleaseProvenance, site
             expected=", ".join(sorted(sites)),
             got=", ".join(composed),
         )
+    if sites & set(composition.masked):
+        raise RefusedError("COMPOSITION_EXPERTS", "the composition masks an expert that is in it")
     claimed = [(entry.site, entry.dir_hash) for entry in claims.ingredients]
     if claimed != [(expert.site, expert.dir_hash) for expert in composition.experts]:
         raise RefusedError("COMPOSITION_EXPERTS", "the provenance names other experts than the composition")

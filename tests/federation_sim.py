@@ -29,6 +29,7 @@ from fedcompose.federation import Federation, verify_federation
 from fedcompose.files import dir_hash, folder_digests, write_atomic, write_json
 from fedcompose.keys import FileSigner, load_signer, new_key
 from fedcompose.release import VerifiedRelease
+from fedcompose.routing import RouterConfig
 from fedcompose.traces import Trace, encode
 from fedcompose_client.contribute import contribute
 from fedcompose_coordinator import intake, publish
@@ -99,22 +100,16 @@ class FederationSim:
         """A candidate as `compose` writes it, with a random router and attention LoRA."""
         experts, candidate = self.experts(), self.coordinator_home / "candidate"
         weights = np.random.default_rng(0).normal(size=(len(experts), 32)).astype("<f4")
-        router = {"weight": StoredTensor("F32", weights.shape, memoryview(weights.tobytes()))}
+        router = {"weights.0": StoredTensor("F32", weights.shape, memoryview(weights.tobytes()))}
         write_atomic(candidate / "router.safetensors", canonical_safetensors(router))
         write_adapter(candidate / "attention", read_adapter(self.attention, base_shapes(self.base)))
         write_json(
             candidate / "composition.json",
             {
                 "schema": "fedcompose/composition/v1",
-                "method": "hard_top1_ste",
+                "method": "hard",
                 "base": {"name": self.base.name, "dirHash": self.base.digest},
-                "router": {
-                    "type": "linear",
-                    "granularity": "token",
-                    "shared": True,
-                    "input": "mlp",
-                    "top_k": 1,
-                },
+                "router": RouterConfig().model_dump(),
                 "experts": [{"site": e.site, "domain": e.domain, "dirHash": e.dir_hash} for e in experts],
                 "targets": MLP,
                 "attention": {"r": 4, "alpha": 8},

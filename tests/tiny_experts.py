@@ -1,4 +1,4 @@
-"""Random experts for the tiny base, made by PEFT itself."""
+"""Random experts for the tiny base, made by PEFT itself, and a router for them."""
 
 from __future__ import annotations
 
@@ -6,6 +6,15 @@ from pathlib import Path
 from typing import Any
 
 from fedcompose.model.experts import TARGETS
+from fedcompose.model.learned import Router
+from fedcompose.model.scorers import LinearScorer
+
+
+def make_tiny_router(experts: int, seed: int = 0, hidden: int = 32, strength: float = 1.0) -> Router:
+    """The default router, untrained."""
+    router = Router(LinearScorer((hidden,), experts, seed))
+    router.scorer.weights[0].data *= strength
+    return router
 
 
 def make_tiny_expert(base: Path, folder: Path, seed: int = 0, strength: float = 0.3, **options: Any) -> Path:

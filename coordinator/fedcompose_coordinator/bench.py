@@ -1,165 +1,248 @@
-"""One loaded model that acts as every method of the evaluation: base, each expert, composed and the controls.
+"""One loaded base that acts as every method of the evaluation: candidates, single experts and controls.
 
-The experts and the router are put in once; a method is then a router (the learned one, one fixed expert, none,
-all alike, a random one) and whether an attention LoRA is merged into the weights. What was merged is taken out
-by restoring the saved weights, so no method leaves a rounding behind for the next.
+The experts are put in once, and again only for a candidate whose router is asked elsewhere. A method is then a router
+(learned, one fixed expert, the oracle, none, all alike, a random one) and whether an attention LoRA is merged into the
+weights. What was merged is taken out by restoring the saved weights, so no method leaves a rounding behind for the
+next. A method that chooses one expert per prompt, the oracle or a classifier, lets that expert speak alone.
 """
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from fedcompose.bases import Base, base_shapes
+from fedcompose.contribution import VerifiedContribution
 from fedcompose.errors import ConfigError
 from fedcompose.files import read_json
-from fedcompose.model.composed import (
-    ATTENTION_FOLDER,
-    ATTENTION_TARGETS,
-    ROUTER_FILE,
-    compose_model,
-    hidden_size,
-    load_router,
-    merge_attention,
-)
-from fedcompose.model.experts import load_expert
+from fedcompose.model.composed import ATTENTION_FOLDER, ROUTER_FILE, merge_attention
+from fedcompose.model.controls import FixedRouter, NoExpertRouter, RandomRouter, UniformRouter
+from fedcompose.model.experts import Expert, load_expert
+from fedcompose.model.learned import PromptRouter, load_router
 from fedcompose.model.lm import load_base, prompt_ids
-from fedcompose.model.router import (
-    NO_EXPERT,
-    FixedRouter,
-    RandomRouter,
-    RoutingDecision,
-    RoutingRecord,
-    UniformRouter,
-)
+from fedcompose.model.placement import compose_model, linear_of
+from fedcompose.model.router import RoutingDecision, RoutingRecord
 from fedcompose.model.sampling import sample
-from fedcompose.tasks import Example, Task
+from fedcompose.routing import Decides, RouterConfig
+from fedcompose_coordinator.grid import Method
+from fedcompose_coordinator.membership import CHANGED_FOLDER
+from fedcompose_coordinator.questions import Prompt
 
-if TYPE_CHECKING:
-    from fedcompose.contribution import VerifiedContribution
+MERGED_FOLDER = "merged"
+TOGETHER = 8  # rows of a decoding step over which distinct experts are counted, a small server's batch
+CHOOSING = ("learned", "random", "oracle")  # routers of which it is told where they sent the tokens
 
 
-def open_bench(
-    candidate: Path,
-    contributions: Sequence[VerifiedContribution],
-    base: Base,
-    attention_only: Path | None = None,
-) -> ModelBench:
-    """The bench of a candidate, its experts in the router's row order.
+def open_bench(candidates: Sequence[Path], contributions: Sequence[VerifiedContribution], base: Base) -> ModelBench:
+    """The bench of candidates of the same experts, in their routers' row order.
 
-    Raises: ConfigError: `EVALUATION_MISMATCH` when the candidate was composed from other experts or another base.
+    Raises: ConfigError: `EVALUATION_MISMATCH` when one was composed from other experts or on another base.
     """
-    composition = read_json(candidate / "composition.json")
     admitted = {each.dir_hash: each.path for each in contributions if each.kind == "adapter"}
-    wanted = {row["site"]: row["dirHash"] for row in composition["experts"]}
-    if composition["base"]["dirHash"] != base.digest or not set(wanted.values()) <= set(admitted):
-        raise ConfigError(
-            "EVALUATION_MISMATCH",
-            "the candidate was composed from other experts or on another base",
-            expected=composition["base"]["dirHash"] + " with " + ", ".join(sorted(wanted)),
-            got=f"{base.digest} with {len(admitted)} admitted experts",
-            fix="compose again, then evaluate",
-        )
-    return ModelBench(candidate, {site: admitted[digest] for site, digest in wanted.items()}, base, attention_only)
-
-
-def greedy_answers(
-    model: Any, tokenizer: Any, task: Task, examples: Sequence[Example], max_new_tokens: int
-) -> list[str]:
-    """The most likely completion of every example's prompt, in their order."""
-    prompts = [prompt_ids(tokenizer, task.prompt(example.question)) for example in examples]
-    rows = sample(model, tokenizer, prompts, max_new_tokens=max_new_tokens)
-    return [row[0].text for row in rows]
-
-
-class NoExpertRouter(nn.Module):
-    """Every expert at weight 0: what is left is the base."""
-
-    def __init__(self, experts: int) -> None:
-        super().__init__()
-        self.experts = experts
-
-    def forward(self, hidden_states: Tensor) -> RoutingDecision:
-        shape = hidden_states.shape[:-1]
-        weights = hidden_states.new_zeros((*shape, self.experts), dtype=torch.float32)
-        return RoutingDecision(weights, torch.full(shape, NO_EXPERT, device=hidden_states.device))
+    wanted: dict[str, str] = {}
+    for candidate in candidates:
+        composition = read_json(candidate / "composition.json")
+        experts = {row["site"]: row["dirHash"] for row in composition["experts"]}
+        wanted = wanted or experts
+        found = composition["base"]["dirHash"]
+        if found != base.digest or not set(experts.values()) <= set(admitted) or list(experts) != list(wanted):
+            raise ConfigError(
+                "EVALUATION_MISMATCH",
+                f"the candidate in {candidate} was composed from other experts or on another base",
+                expected=found + " with " + ", ".join(sorted(experts)),
+                got=f"{base.digest} with {len(admitted)} admitted experts",
+                fix="compose again, then evaluate",
+            )
+    return ModelBench({site: admitted[digest] for site, digest in wanted.items()}, base)
 
 
 class ModelBench:
-    """A `Bench` over a candidate and its experts, in the router's row order."""
+    """A `Bench` over the experts of a federation, in the routers' row order."""
 
-    def __init__(
-        self, candidate: Path, experts: Mapping[str, Path], base: Base, attention_only: Path | None = None
-    ) -> None:
-        """`experts`: site → PEFT folder; `attention_only`: the candidate that was trained without experts."""
-        model, self.tokenizer = load_base(base.path)
-        self._model: Any = model
-        self._router = load_router(candidate / ROUTER_FILE, len(experts), hidden_size(model))
-        shapes = base_shapes(base)
-        compose_model(model, [load_expert(folder, shapes) for folder in experts.values()], self._router)
+    def __init__(self, experts: Mapping[str, Path], base: Base) -> None:
+        """`experts`: site → PEFT folder."""
+        self.experts, self.base, self._shapes = experts, base, base_shapes(base)
+        self._experts = [load_expert(folder, self._shapes) for folder in experts.values()]
         self._sites = list(experts)
-        self._attention: dict[str, Path | None] = {"composed": candidate, "attention_only": attention_only}
-        self._plain = {
-            name: module.weight.detach().clone()
-            for name, module in model.named_modules()
-            if name.rpartition(".")[2] in ATTENTION_TARGETS and isinstance(module, nn.Linear)
-        }
+        self._placed: Path | str = ""  # where the router is asked now, or the merge that stands for all experts
+        self._copies: Path | None = None  # where the experts came from, if not from the sites
+        self._inside: list[Expert] = []
+        self._model: Any = None
+        self.tokenizer: Any = None
+        self._restore: list[tuple[nn.Linear, Tensor]] = []
         self._acting = ExitStack()
+        self.router: nn.Module | None = None
         self._record: RoutingRecord | None = None
-        self._counts = torch.empty(0)
-        model.register_forward_hook(self._count, with_kwargs=True)
+        self._tally = RoutedTally(0, 0)
+        self._held = 0
 
-    def become(self, method: str, seed: int) -> Any:
+    def become(self, method: Method) -> Any:
         """The model, acting as `method` from now on.
 
-        Raises: ValueError: for a method that this bench does not know.
+        Raises: ValueError: for a router that this bench does not know.
         """
         self._acting.close()
-        self._switch_attention(self._attention.get(method))
+        learned = method.candidate if method.router == "learned" else None
+        config = router_config(method.candidate)
+        self._place(_inside(learned, MERGED_FOLDER) or config.decides, _inside(learned, CHANGED_FOLDER))
+        self._switch_attention(method.attention)
+        self.router = self._make_router(method, config)
         context = self._model.routing
-        self._acting.enter_context(context.using(self._make_router(method, seed)))
-        chooses = method == "composed"
+        self._acting.enter_context(context.using(self.router))
+        chooses = method.router in CHOOSING and not isinstance(self._placed, Path)
         self._record = self._acting.enter_context(context.recording()) if chooses else None
-        self._counts = torch.zeros(context.layers, len(self._sites), dtype=torch.long)
+        self._tally = RoutedTally(len(context.points), len(self._inside))
+        self._held = self._bytes(method.router)
         return self._model
 
-    def routed(self) -> list[list[int]] | None:
-        """Tokens per layer and expert since `become("composed", ..)`; None for other methods."""
-        counts: list[list[int]] = self._counts.tolist()
-        return None if self._record is None else counts
+    def ask(self, prompts: Sequence[Prompt], max_new_tokens: int) -> list[str]:
+        """The most likely completion of every prompt, in their order."""
+        ids = [prompt_ids(self.tokenizer, prompt.text) for prompt in prompts]
+        answers = [""] * len(prompts)
+        for expert, rows in self._by_expert(prompts, ids).items():
+            with ExitStack() as speaking:
+                if expert is not None:
+                    speaking.enter_context(self._model.routing.using(FixedRouter(expert, len(self._sites))))
+                found = sample(self._model, self.tokenizer, [ids[row] for row in rows], max_new_tokens=max_new_tokens)
+            for row, (completion,) in zip(rows, found, strict=True):
+                answers[row] = completion.text
+        return answers
 
-    def _make_router(self, method: str, seed: int) -> nn.Module:
+    def routed(self) -> dict[str, Any]:
+        """`routed`: tokens per point and expert since `become`, None for a method that chooses none; `distinct`:
+        experts per point and decoding step among `TOGETHER` rows; `held`: bytes of weights that it needs."""
+        counts = self._tally.counts.tolist() if self._record is not None and self._tally.counts.sum() else None
+        return {"routed": counts, "distinct": self._tally.mean_distinct(), "held": self._held}
+
+    def _by_expert(self, prompts: Sequence[Prompt], ids: Sequence[Sequence[int]]) -> dict[int | None, list[int]]:
+        """Rows of the prompts that one expert answers; all under None where the router decides token by token."""
+        choices: list[int | None] = [None] * len(prompts)
+        if isinstance(self.router, OracleRouter):
+            choices = [self._sites.index(prompt.site) for prompt in prompts]
+        if isinstance(self.router, PromptRouter):
+            embedding = self._model.get_input_embeddings()
+            for row, tokens in enumerate(ids):
+                embedded = embedding(torch.tensor([list(tokens)], device=embedding.weight.device))
+                (choices[row],) = self.router.choose(embedded, torch.ones(embedded.shape[:2], device=embedded.device))
+        groups: dict[int | None, list[int]] = defaultdict(list)
+        for row, choice in enumerate(choices):
+            groups[choice].append(row)
+        return groups
+
+    def _place(self, wanted: Path | Decides, copies: Path | None) -> None:
+        """Load the base and put into it the experts, for routers that decide there, or the one LoRA of a merge.
+
+        `copies` holds experts that a candidate trained on, where it did.
+        """
+        if (wanted, copies) == (self._placed, self._copies):
+            return
+        self._model, self.tokenizer = load_base(self.base.path)
+        self._restore = []
+        experts = [load_expert(copies / site, self._shapes) for site in self._sites] if copies else self._experts
+        self._inside = [load_expert(wanted, self._shapes)] if isinstance(wanted, Path) else experts
+        decides = "block" if isinstance(wanted, Path) else wanted
+        compose_model(self._model, self._inside, NoExpertRouter(len(self._inside)), decides)
+        self._model.register_forward_hook(self._count, with_kwargs=True)
+        self._placed, self._copies = wanted, copies
+
+    def _make_router(self, method: Method, config: RouterConfig) -> nn.Module:
         count = len(self._sites)
-        if method.startswith("expert:"):
-            return FixedRouter(self._sites.index(method.removeprefix("expert:")), count)
-        if method == "composed":
-            return self._router
-        if method == "random_router":
-            return RandomRouter(count, seed)
-        if method == "uniform":
-            return UniformRouter(count)
-        if method in ("base", "attention_only"):
-            return NoExpertRouter(count)
-        raise ValueError(f"no such method: {method}")
+        if isinstance(self._placed, Path):
+            return FixedRouter(0, 1)
+        if method.router.startswith("expert:"):
+            return FixedRouter(self._sites.index(method.router.removeprefix("expert:")), count)
+        if method.router == "learned" and method.candidate:
+            points = self._model.routing.points
+            return load_router(method.candidate / ROUTER_FILE, config, points, count).to(self._model.device)
+        if method.router == "random":
+            return RandomRouter(count, method.seed)
+        if method.router in CONTROLS:
+            return CONTROLS[method.router](count)
+        raise ValueError(f"no such router: {method.router}")
 
     def _switch_attention(self, candidate: Path | None) -> None:
         """Restore the base's own attention, then merge the candidate's attention LoRA where there is one."""
-        for name, weight in self._plain.items():
-            self._model.get_submodule(name).weight.data.copy_(weight)
-        if candidate is not None and (candidate / ATTENTION_FOLDER).is_dir():
-            merge_attention(self._model, candidate / ATTENTION_FOLDER)
+        for linear, weight in self._restore:
+            linear.weight.data.copy_(weight)
+        self._restore = []
+        if candidate is None:
+            return
+        for name in load_expert(candidate / ATTENTION_FOLDER).updates:
+            linear = linear_of(self._model, name)
+            if linear is not None:
+                self._restore.append((linear, linear.weight.detach().clone()))
+        merge_attention(self._model, candidate / ATTENTION_FOLDER)
+
+    def _bytes(self, router: str) -> int:
+        """Of the weights in memory: the base's, and those of the experts and the router that the method needs."""
+        experts = self._inside
+        if router == "none":
+            experts = []
+        if router.startswith("expert:"):
+            experts = [experts[self._sites.index(router.removeprefix("expert:"))]]
+        numbers = sum(update.a.numel() + update.b.numel() for expert in experts for update in expert.updates.values())
+        modules = [self._model, *([self.router] if self.router else [])]
+        return int(numbers * self._model.dtype.itemsize) + sum(
+            parameter.nbytes for module in modules for parameter in module.parameters()
+        )
 
     def _count(self, _model: Any, _args: Any, kwargs: Mapping[str, Any], _output: Any) -> None:
-        """After each forward call of the composed model: add what every layer chose, without padding."""
-        if self._record is None:
+        """After each forward call: add up what every point chose; nothing while somebody else records."""
+        while self._record is not None and self._record.calls:
+            call = self._record.calls.pop()
+            self._tally.add(list(call.values()), kwargs.get("attention_mask"))
+
+
+class OracleRouter(NoExpertRouter):
+    """Stands for "each prompt's own expert" until the bench asks that expert."""
+
+
+CONTROLS = {"uniform": UniformRouter, "none": NoExpertRouter, "oracle": OracleRouter}
+
+
+class RoutedTally:
+    """Tokens per point and expert, without padding, and how many experts a decoding step needs."""
+
+    def __init__(self, points: int, experts: int) -> None:
+        self.counts = torch.zeros(points, experts, dtype=torch.long)
+        self._distinct, self._groups = 0.0, 0
+
+    def add(self, decisions: Sequence[RoutingDecision], mask: Tensor | None) -> None:
+        """One forward call; `mask` (rows, tokens so far) is 0 at padding."""
+        choices = torch.stack([each.choice for each in decisions])  # (points, rows, tokens)
+        if (choices < 0).any():
             return
-        choices = self._record.choices.pop()  # (layers, batch, seq)
-        mask = kwargs.get("attention_mask")
         real = choices[0] >= 0 if mask is None else mask[:, -choices.shape[-1] :] > 0
-        self._counts += functional.one_hot(choices[:, real], len(self._sites)).sum(1).cpu()
+        self.counts += functional.one_hot(choices[:, real], self.counts.shape[1]).sum(1).cpu()
+        if choices.shape[-1] == 1:
+            self._add_step(torch.stack([each.weights[:, 0] != 0 for each in decisions]))
+
+    def mean_distinct(self) -> float | None:
+        """Mean over points and decoding steps; None where fewer than `TOGETHER` rows were ever decoded together."""
+        return self._distinct / self._groups if self._groups else None
+
+    def _add_step(self, used: Tensor) -> None:
+        """used (points, rows, experts)."""
+        groups = used.shape[1] // TOGETHER
+        if groups:
+            together = used[:, : groups * TOGETHER].unflatten(1, (groups, TOGETHER)).any(2)
+            self._distinct += float(together.sum(-1).float().mean()) * groups
+            self._groups += groups
+
+
+def _inside(candidate: Path | None, name: str) -> Path | None:
+    """A folder of the candidate, if it has it."""
+    return candidate / name if candidate and (candidate / name).is_dir() else None
+
+
+def router_config(candidate: Path | None) -> RouterConfig:
+    """That of a candidate; the default one where it has none."""
+    composition = read_json(candidate / "composition.json") if candidate else {}
+    return RouterConfig.model_validate(composition.get("router") or {})

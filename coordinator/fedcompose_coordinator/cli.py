@@ -1,11 +1,11 @@
-"""`fedcompose coordinator`: init, call, collect, receive, compose, evaluate, release, report, in that order; ledger."""
+"""`fedcompose coordinator`: init, call, collect, receive, compose, evaluate, release, report, in that order; ledger;
+later remove and add."""
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Sequence
+import os
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -13,36 +13,25 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
-from fedcompose.bases import Base, resolve_base
+from fedcompose.bases import Base
 from fedcompose.commands.keys import PassphraseFile
-from fedcompose.console import AsJson, accuracy_table, next_steps, out, print_json, print_whole, progress_bars
+from fedcompose.console import AsJson, next_steps, out, print_json, print_whole, progress_bars
 from fedcompose.contribution import VerifiedContribution
 from fedcompose.errors import ConfigError, RefusedError
 from fedcompose.explanations import EXPLANATIONS
-from fedcompose.federation import Federation
-from fedcompose.files import (
-    MAX_JSON_BYTES,
-    dir_hash,
-    folder_digests,
-    read_json,
-    read_limited,
-    sha256_file,
-    write_atomic,
-)
+from fedcompose.files import dir_hash, folder_digests, sha256_file, write_atomic
 from fedcompose.keys import load_signer
-from fedcompose.settings import fill_template
-from fedcompose.trust_state import trusted_federation
+from fedcompose.settings import fill_template, read_settings
 from fedcompose_coordinator import commands_flower, commands_ledger
 from fedcompose_coordinator.approvals import read_rule
-from fedcompose_coordinator.config import CONFIG_NAME, CoordinatorConfig, load_config
+from fedcompose_coordinator.commands_evaluate import evaluate, report
+from fedcompose_coordinator.config import CONFIG_NAME, Compose, CoordinatorConfig, load_config
 from fedcompose_coordinator.decisions import deciding
+from fedcompose_coordinator.home import ATTENTION_ONLY, CANDIDATE, federation_of, members_of, open_home, received_from
+from fedcompose_coordinator.methods import METHODS, Recipe
 
 if TYPE_CHECKING:  # torch takes seconds to import
     from fedcompose_coordinator.intake import Receipt
-    from fedcompose_coordinator.lessons import Lesson
-
-CANDIDATE = "candidate"
-ATTENTION_ONLY = "control-attention-only"
 
 app = typer.Typer(no_args_is_help=True, help="The coordinator: verify what sites ship, compose, evaluate, release.")
 Home = Annotated[Path, typer.Option("--home", help="The coordinator's folder, where coordinator.toml is.")]
@@ -95,7 +84,7 @@ def receive(
     """
     from fedcompose_coordinator import intake
 
-    config, federation, base = _open(home, root_fingerprint)
+    config, federation, base = open_home(home, root_fingerprint)
     rule, now = read_rule(home, config.approvals, config.approvers), datetime.now(UTC)
     if approve is not None and by is not None and key is not None and not folders:
         signer = load_signer(key, passphrase_file)
@@ -124,105 +113,95 @@ def receive(
 
 @app.command()
 def compose(
+    method: Annotated[
+        str | None, typer.Option(help=f"How: {', '.join(METHODS)}. By default the one in the settings.")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(min=0, help="Another seed than the one in the settings.")] = None,
+    settings: Annotated[
+        Path | None, typer.Option("--config", help="A file with the settings of [compose], to use instead of these.")
+    ] = None,
     home: Home = Path(),
     attention_only: Annotated[
         bool, typer.Option("--attention-only", help="Train the control: the attention LoRA without any expert.")
     ] = False,
+    to: Annotated[Path | None, typer.Option("--out", help="Another folder than candidate/, to compare.")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Train the router and the attention LoRA over the admitted experts.
+    """Make a router over the admitted experts, which stay as they are.
 
-    Example: fedcompose coordinator compose
+    Example: fedcompose coordinator compose --method guided
     """
-    from fedcompose_coordinator.compose import ComposeSettings
-    from fedcompose_coordinator.compose import compose as train_router
-
-    config, federation, base = _open(home, None)
-    admitted = _admitted(home, federation)
-    wanted = config.compose
-    settings = ComposeSettings(
-        steps=wanted.steps, batch=wanted.batch, router_lr=wanted.router_lr, attention_lr=wanted.attention_lr,
-        attention_rank=wanted.attention_rank, attention_alpha=2 * wanted.attention_rank,
-    )  # fmt: skip
-    target = home / (ATTENTION_ONLY if attention_only else CANDIDATE)
-    with progress_bars() as bars:
-        lessons = _lessons(config, admitted, base, bars)
-        bar = bars.add_task("compose", total=settings.steps, note="")
-
-        def show(step: int, steps: int, note: str) -> None:
-            bars.update(bar, completed=step, total=steps, note=note)
-
-        composition = train_router(
-            admitted, lessons, base, settings, wanted.seed, target, experts=not attention_only, on_step=show
-        )
-    with deciding(home, datetime.now(UTC)) as decisions:
-        decisions.record(
-            "composed", candidate=dir_hash(folder_digests(target)),
-            composition=sha256_file(target / "composition.json"),
-            experts=[expert["dirHash"] for expert in composition["experts"]],
-        )  # fmt: skip
-    if as_json:
-        print_json(composition)
-        return
-    out.print(f"Composed {len(composition['experts'])} experts from {len(lessons)} traces in {target}", markup=False)
-    next_steps("fedcompose coordinator evaluate")
+    config, federation, base = open_home(home)
+    wanted = read_settings(settings, Compose, "fedcompose coordinator init") if settings else config.compose
+    if seed is not None:
+        wanted = wanted.model_copy(update={"seed": seed})
+    target = to or home / (ATTENTION_ONLY if attention_only else CANDIDATE)
+    admitted = members_of(home, federation)
+    made = _compose(config, wanted, wanted.recipe(method), admitted, base, target, experts=not attention_only)
+    if to is None:
+        _record_composed(home, target, made)
+    _say_composed(made, target, as_json)
 
 
 @app.command()
-def evaluate(
+def remove(
+    site: Annotated[str, typer.Option(help="The site that leaves.")],
+    level: Annotated[
+        str, typer.Option(help="mask: take its expert out at once. recompose: make the candidate as if it never came.")
+    ],
     home: Home = Path(),
-    worker: Annotated[bool, typer.Option("--worker", hidden=True)] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Measure base, experts, candidate and controls on the same held-out prompts.
+    """Leave a site out of the candidate and of all that are composed from now on.
 
-    Example: fedcompose coordinator evaluate
+    Example: fedcompose coordinator remove --site clinic --level mask
     """
-    from fedcompose_coordinator.bench import greedy_answers, open_bench
-    from fedcompose_coordinator.evaluation import CELLS_FOLDER, Domain, finished, make_plan, measure
-    from fedcompose_coordinator.evaluation import evaluate as measure_all
+    from fedcompose_coordinator.membership import LEVELS, forget_evaluation, leave_out, mask
 
-    config, federation, base = _open(home, None)
-    admitted = _admitted(home, federation)
-    control = home / ATTENTION_ONLY if (home / ATTENTION_ONLY).is_dir() else None
-    wanted = config.evaluate
-    plan = make_plan(
-        home / CANDIDATE, admitted, [Domain(name, d.site, d.generator, d.config) for name, d in config.domains.items()],
-        base, per_domain=wanted.prompts_per_domain, max_new_tokens=wanted.max_new_tokens, attention_only=control,
-        seed=config.compose.seed,
-    )  # fmt: skip
-
-    def bench() -> Any:
-        return open_bench(home / CANDIDATE, admitted, base, control)
-
-    if worker:
-        measure(plan, home / CELLS_FOLDER, bench, greedy_answers)
+    if level not in LEVELS:
+        raise ConfigError("LEVEL_UNKNOWN", f"there is no level {level!a}", expected=" or ".join(LEVELS))
+    if level == "recompose":
+        _recompose(home, lambda received: leave_out(home, site, received, datetime.now(UTC)), as_json)
         return
-    with progress_bars() as bars:
-        bar = bars.add_task("evaluate", total=len(plan.cells()), completed=finished(plan, home / CELLS_FOLDER), note="")
-        evaluation = measure_all(
-            plan, home, bench, greedy_answers, processes=wanted.processes,
-            workers=[sys.executable, "-m", "fedcompose", "coordinator", "evaluate", "--home", str(home), "--worker"],
-            on_cell=lambda done, of: bars.update(bar, completed=done, total=of),
-        )  # fmt: skip
-    if as_json:
-        print_json(evaluation)
-        return
-    out.print(accuracy_table(evaluation["accuracy"]))
-    next_steps("fedcompose coordinator release")
+    _, federation = federation_of(home)
+    made = mask(home / CANDIDATE, site)
+    leave_out(home, site, received_from(home, federation), datetime.now(UTC))
+    forget_evaluation(home)
+    _record_composed(home, home / CANDIDATE, made)
+    _say_composed(made, home / CANDIDATE, as_json)
+
+
+@app.command()
+def add(
+    site: Annotated[str, typer.Option(help="A site whose expert was received, or that was removed before.")],
+    home: Home = Path(),
+    as_json: AsJson = False,
+) -> None:
+    """Make the candidate again, by the same recipe, with one more site.
+
+    Example: fedcompose coordinator add --site school
+    """
+    from fedcompose_coordinator.membership import let_in
+
+    _recompose(home, lambda received: let_in(home, site, received), as_json)
+
+
+app.command()(evaluate)
 
 
 @app.command()
 def release(home: Home = Path(), passphrase_file: PassphraseFile = None, as_json: AsJson = False) -> None:
     """Sign the candidate and its ingredients as one folder that anyone can verify.
 
+    With SOURCE_DATE_EPOCH in the environment that is the time of the release, and the same inputs give the same bytes.
+
     Example: fedcompose coordinator release
     """
     from fedcompose_coordinator.publish import release as publish
 
-    config, federation, _ = _open(home, None)
+    config, federation, _ = open_home(home)
     signer = load_signer(config.key, passphrase_file, folder=home)
-    made = publish(home, signer, federation, home / CANDIDATE, _admitted(home, federation), datetime.now(UTC))
+    made = publish(home, signer, federation, home / CANDIDATE, members_of(home, federation), _release_time())
     if as_json:
         print_json({"path": str(made.path), "dirHash": made.dir_hash})
         return
@@ -230,56 +209,77 @@ def release(home: Home = Path(), passphrase_file: PassphraseFile = None, as_json
     next_steps(f"fedcompose verify {made.path}", f"fedcompose serve {made.path}")
 
 
-@app.command()
-def report(
-    home: Home = Path(),
-    training: Annotated[
-        list[Path] | None, typer.Option(help="A site's runs/DOMAIN/result.json, where its owner shares it. Repeatable.")
-    ] = None,
-    to: Annotated[Path | None, typer.Option("--out", help="Folder for report.html and report.json.")] = None,
-    as_json: AsJson = False,
-) -> None:
-    """Write report.html, to look at, and report.json with the same numbers.
+app.command()(report)
 
-    Example: fedcompose coordinator report --out .
-    """
-    from fedcompose.release import ReceivedRelease, verify_release
-    from fedcompose_coordinator.report import describe_release, training_logs, write_report
 
-    _, federation, base = _open(home, None)
-    made = verify_release(ReceivedRelease(home / "release"))
-    sizes, provenance = describe_release(made, _admitted(home, federation), base.path)
-    folder = to or home
-    evaluation = read_json(home / "evaluation.json")
-    written = write_report(evaluation, training_logs(training or []), sizes, provenance, folder)
+def _release_time() -> datetime:
+    """Now, or what the environment says, as builds have it that others can repeat."""
+    epoch = os.environ.get("SOURCE_DATE_EPOCH", "")
+    return datetime.fromtimestamp(int(epoch), UTC) if epoch.isdecimal() else datetime.now(UTC)
+
+
+def _compose(
+    config: CoordinatorConfig,
+    wanted: Compose,
+    recipe: Recipe,
+    admitted: Sequence[VerifiedContribution],
+    base: Base,
+    target: Path,
+    experts: bool = True,
+) -> dict[str, Any]:
+    """Gather the lessons that the recipe needs and follow it, with progress on the screen."""
+    from fedcompose_coordinator.compose import compose as follow
+    from fedcompose_coordinator.sampled import all_lessons
+
+    with progress_bars() as bars:
+        sampling = bars.add_task("sample", total=None, visible=False, note="")
+
+        def sampled(site: str, count: int) -> None:
+            bars.update(sampling, advance=count, visible=True, note=site)
+
+        lessons = all_lessons(config, wanted, admitted, base, sampled) if recipe.needs_lessons or not experts else []
+        bar = bars.add_task("compose", total=None, note="")
+
+        def step(done: int, of: int, note: str) -> None:
+            bars.update(bar, completed=done, total=of, note=note)
+
+        return follow(admitted, lessons, base, recipe, wanted.seed, target, experts=experts, on_step=step)
+
+
+def _recompose(home: Path, change: Callable[[Sequence[VerifiedContribution]], None], as_json: bool) -> None:
+    """Change who takes part, then make the candidate again by its own recipe."""
+    from fedcompose_coordinator.membership import forget_evaluation, same_recipe
+
+    config, federation, base = open_home(home)
+    recipe, seed = same_recipe(home / CANDIDATE)
+    change(received_from(home, federation))
+    wanted = config.compose.model_copy(update={"seed": seed})
+    made = _compose(config, wanted, recipe, members_of(home, federation), base, home / CANDIDATE)
+    forget_evaluation(home)
+    _record_composed(home, home / CANDIDATE, made)
+    _say_composed(made, home / CANDIDATE, as_json)
+
+
+def _say_composed(composition: dict[str, Any], target: Path, as_json: bool) -> None:
     if as_json:
-        print_json(written)
+        print_json(composition)
         return
-    out.print(accuracy_table(evaluation["accuracy"]))
-    out.print(f"Report {folder / 'report.html'}", markup=False)
+    lessons = sum(composition["training"].get("lessons", {}).values())
+    taught = f" with {lessons} lessons" if lessons else ""
+    count, method = len(composition["experts"]), composition["method"]
+    out.print(f"Composed {count} experts by {method}{taught} in {target}", markup=False)
+    if composition.get("masked"):
+        out.print(f"Masked {', '.join(composition['masked'])}: trained with, then taken out", markup=False)
+    next_steps("fedcompose coordinator evaluate")
 
 
-def _open(home: Path, fingerprints: list[str] | None) -> tuple[CoordinatorConfig, Federation, Base]:
-    """Settings, trusted federation, and the base, which must be one of the federation's.
-
-    The ledger and the clock are looked at first, so that nothing begins that could not be written down at its end.
-    """
-    config, now = load_config(home), datetime.now(UTC)
-    envelope = read_limited(home / config.federation, MAX_JSON_BYTES)
-    federation = trusted_federation(envelope, fingerprints, now)
-    with deciding(home, now):
-        pass
-    base = resolve_base(config.base)
-    known = {entry.dir_hash: entry.name for entry in federation.base_models}
-    if base.digest not in known:
-        raise RefusedError(
-            "BASE_MISMATCH",
-            f"{config.base} is not a base of federation {federation.name!a}",
-            expected=", ".join(f"{name} {digest[:16]}" for digest, name in known.items()),
-            got=base.digest[:16],
-            fix="pull the same base with the same library versions, or have the roots list this one",
-        )
-    return config, federation, Base(known[base.digest], base.path, base.digest)
+def _record_composed(home: Path, candidate: Path, composition: dict[str, Any]) -> None:
+    with deciding(home, datetime.now(UTC)) as decisions:
+        decisions.record(
+            "composed", candidate=dir_hash(folder_digests(candidate)),
+            composition=sha256_file(candidate / "composition.json"),
+            experts=[expert["dirHash"] for expert in composition["experts"]],
+        )  # fmt: skip
 
 
 def _as_json(receipt: Receipt) -> dict[str, Any]:
@@ -302,29 +302,3 @@ def _print_receipts(receipts: Sequence[Receipt]) -> None:
         if receipt.refusal:
             out.print(f"{receipt.refusal.diagnostics()}\n  kept in   {receipt.kept}", markup=False)
             out.print(EXPLANATIONS.get(receipt.refusal.code, ""), markup=False)
-
-
-def _admitted(home: Path, federation: Federation) -> list[VerifiedContribution]:
-    from fedcompose_coordinator.intake import admitted
-
-    return admitted(home, federation)
-
-
-def _lessons(
-    config: CoordinatorConfig, admitted: Sequence[VerifiedContribution], base: Base, bars: Any
-) -> list[Lesson]:
-    """The sites' traces; where a site shipped none, its expert sampled on the domain's declared generator."""
-    from fedcompose_coordinator.lessons import lessons_of
-    from fedcompose_coordinator.sampled import sample_lessons
-
-    lessons = lessons_of(admitted)
-    covered = {lesson.domain for lesson in lessons}
-    for expert in admitted:
-        declared = config.domains.get(expert.domain)
-        if expert.kind == "adapter" and expert.domain not in covered and declared:
-            bar = bars.add_task(f"sample {expert.site}", total=config.compose.sampled_prompts, note="")
-            lessons += sample_lessons(
-                expert, declared, base, config.compose, config.evaluate.max_new_tokens,
-                partial(bars.advance, bar),
-            )  # fmt: skip
-    return lessons

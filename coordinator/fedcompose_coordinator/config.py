@@ -10,21 +10,31 @@ from pydantic import Field
 from fedcompose.call import WantedLora
 from fedcompose.keys import Identifier
 from fedcompose.settings import Settings, read_settings
+from fedcompose_coordinator.methods import DEFAULT_METHOD, ComposeSettings, Recipe, recipe
 
 CONFIG_NAME = "coordinator.toml"
 
 
-class Compose(Settings):
-    """How router and attention LoRA are trained. The measured settings, the demo's, are in docs/log.md."""
+class Compose(ComposeSettings):
+    """How to compose: the section `[compose]`, or a file of its own for an experiment.
 
+    What is not set is the method's own setting. `router` changes parts of the router of `method`, of no other.
+    """
+
+    method: str = DEFAULT_METHOD
     seed: int = Field(0, ge=0)
-    steps: int = Field(60, ge=1)
-    batch: int = Field(12, ge=1)
-    router_lr: float = Field(1e-2, gt=0)
-    attention_lr: float = Field(2e-3, gt=0)
-    attention_rank: int = Field(16, ge=1, le=512)
     sampled_prompts: int = Field(96, ge=1)
     temperature: float = Field(0.7, gt=0, le=2)
+    router: dict[str, Any] = Field(default_factory=dict)
+
+    def recipe(self, method: str | None = None) -> Recipe:
+        """The method of this section, or another one with the same settings.
+
+        Raises: ConfigError: as `methods.recipe`.
+        """
+        name = method or self.method
+        chosen = {field: getattr(self, field) for field in self.model_fields_set & ComposeSettings.model_fields.keys()}
+        return recipe(name, chosen, self.router if name == self.method else None)
 
 
 class Evaluate(Settings):

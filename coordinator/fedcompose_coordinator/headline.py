@@ -10,15 +10,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from fedcompose_coordinator.names import IN_SENTENCE, in_sentence
+
 Place = tuple[str | int, ...]
-IN_SENTENCE = {
-    "base": "the base",
-    "uniform": "the uniform merge",
-    "random_router": "the random router",
-    "attention_only": "the attention LoRA alone",
-    "best_single": "the best single expert",
-    "own_expert": "each domain's own expert",
-}
 OPENINGS = {
     "better": "it is clearly better (95\u00a0% interval above zero) than ",
     "worse": "it is clearly worse than ",
@@ -34,10 +28,7 @@ class Number:
     form: str = "percent"
 
     def value(self, report: Mapping[str, Any]) -> float:
-        found: Any = report
-        for key in self.path:
-            found = found[key]
-        return float(found)
+        return float(look_up(report, self.path))
 
     def text(self, report: Mapping[str, Any]) -> str:
         return FORMS[self.form](self.value(report))
@@ -49,6 +40,15 @@ Sentence = Sequence[str | Number]
 def headline(report: Mapping[str, Any]) -> list[Sentence]:
     """How good it is, how much it keeps, which differences are clear; fewer where numbers lack."""
     return [part for part in (_how_good(report), _how_much_kept(report), _what_is_sure(report)) if part]
+
+
+def look_up(report: Mapping[str, Any], path: Place) -> Any:
+    """What lies there; None where nothing does."""
+    found: Any = report
+    for key in path:
+        at = found if isinstance(found, Mapping) else dict(enumerate(found)) if isinstance(found, list) else {}
+        found = at.get(key)
+    return found
 
 
 def plain(report: Mapping[str, Any], sentence: Sentence) -> str:
@@ -121,20 +121,27 @@ def _how_much_kept(report: Mapping[str, Any]) -> Sentence:
 
 
 def _what_is_sure(report: Mapping[str, Any]) -> Sentence:
-    """Better, worse and undecided, each with its mean difference; the interval where it decides nothing."""
-    means = report.get("difference_mean", {})
+    names = in_order(report.get("difference_mean", {}), list(IN_SENTENCE))
+    return what_is_sure(report, {name: ("difference_mean", name) for name in names})
+
+
+def what_is_sure(report: Mapping[str, Any], places: Mapping[str, Place], subject: str = "it") -> Sentence:
+    """Better, worse and undecided than whom, each with its difference; the interval where it decides nothing.
+
+    `places` are those of the differences, by the name of the other method.
+    """
     sentence: list[str | Number] = []
     for wanted, opening in OPENINGS.items():
-        names = [name for name in in_order(means, list(IN_SENTENCE)) if verdict(means[name]) == wanted]
+        names = [name for name, path in places.items() if verdict(look_up(report, path)) == wanted]
         if not names:
             continue
+        opening = opening.replace("it", subject, 1) if not sentence else opening
         sentence.append("; " + opening if sentence else opening[0].upper() + opening[1:])
         for index, name in enumerate(names):
-            path = ("difference_mean", name)
-            doubt = [", interval ", *ends(path, "points")] if wanted == "undecided" else []
+            doubt = [", interval ", *ends(places[name], "points")] if wanted == "undecided" else []
             unit = " points" if len(sentence) == 1 else ""
-            sentence += [_comma(index, len(names)) + IN_SENTENCE.get(name, name), " ("]
-            sentence += [Number((*path, "value"), "points"), unit, *doubt, ")"]
+            sentence += [_comma(index, len(names)) + in_sentence(name), " ("]
+            sentence += [Number((*places[name], "value"), "points"), unit, *doubt, ")"]
     return [*sentence, "."] if sentence else []
 
 
@@ -155,6 +162,13 @@ def _duration(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
 
+def _amount(number: float) -> str:
+    for unit, factor in (("M", 1e6), ("k", 1e3)):
+        if number >= factor:
+            return f"{number / factor:.1f} {unit}"
+    return f"{number:.0f}"
+
+
 def _signed(text: str) -> str:
     return text.replace("-", "−")
 
@@ -166,6 +180,8 @@ FORMS: Mapping[str, Callable[[float], str]] = {
     "whole_bare": lambda value: _signed(f"{100 * value:.0f}"),
     "points": lambda value: _signed(f"{100 * value:+.1f}"),
     "count": lambda value: f"{value:.0f}",
+    "decimal": lambda value: f"{value:.1f}",
+    "amount": _amount,
     "bytes": _bytes,
     "seconds": _duration,
 }

@@ -8,6 +8,7 @@ left out, because the candidate will be measured on those.
 from __future__ import annotations
 
 import random
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -94,15 +95,57 @@ def plan_batches(rows: Sequence[Row], batch: int, steps: int, seed: int) -> list
     return [[next(stream) for stream in streams for _ in range(share)] for _ in range(steps)]
 
 
-def micro_batches(rows: Sequence[Row], max_tokens: int = MAX_BATCH_TOKENS) -> list[list[Row]]:
-    """Rows of like length together: little padding, and with it at most `max_tokens` in a part."""
+def targets(rows: Iterable[Row]) -> int:
+    """How many tokens of these rows are learned."""
+    return sum(len(row.ids) - row.prompt for row in rows)
+
+
+def length(rows: Iterable[Row]) -> int:
+    """How many tokens these rows have, prompts included."""
+    return sum(len(row.ids) for row in rows)
+
+
+def within_budget(rows: Sequence[Row], tokens: int | None) -> list[Row]:
+    """The first rows of each domain that have at most `tokens` together; all without a budget."""
+    spent: dict[int, int] = {}
+    kept = []
+    for row in rows:
+        spent[row.domain] = spent.get(row.domain, 0) + len(row.ids)
+        if tokens is None or spent[row.domain] <= tokens:
+            kept.append(row)
+    return kept
+
+
+def hold_back(rows: Sequence[Row], every: int) -> tuple[list[Row], list[Row]]:
+    """(rows to learn from, rows to check on): of each domain, every so-manieth is held back."""
+    seen: Counter[int] = Counter()
+    taught: list[Row] = []
+    held: list[Row] = []
+    for row in rows:
+        seen[row.domain] += 1
+        (taught if seen[row.domain] % every else held).append(row)
+    return taught, held
+
+
+def micro_batches(rows: Sequence[Row], together: bool = False, max_tokens: int = MAX_BATCH_TOKENS) -> list[list[Row]]:
+    """Rows of like length together: little padding, and with it at most `max_tokens` in a part.
+
+    `together`: every part holds equally many rows of each domain, for losses that compare domains within a part.
+    """
+    units = [[row] for row in sorted(rows, key=lambda row: len(row.ids))]
+    if together:
+        domains = {row.domain: [one for (one,) in units if one.domain == row.domain] for row in rows}
+        units = [list(unit) for unit in zip(*domains.values(), strict=True)]
     parts: list[list[Row]] = []
-    for row in sorted(rows, key=lambda row: len(row.ids)):
-        length, part = len(row.ids), parts[-1] if parts else []
-        if part and length <= MAX_SPREAD * len(part[0].ids) and length * (len(part) + 1) <= max_tokens:
-            part.append(row)
+    shortest = 0
+    for unit in units:
+        longest = max(len(row.ids) for row in unit)
+        part = parts[-1] if parts else []
+        if part and longest <= MAX_SPREAD * shortest and longest * (len(part) + len(unit)) <= max_tokens:
+            part.extend(unit)
         else:
-            parts.append([row])
+            parts.append(unit)
+            shortest = longest
     return parts
 
 

@@ -17,8 +17,17 @@ from pathlib import Path
 from fedcompose.adapter import CONFIG_FILE, MAX_WEIGHTS_BYTES, WEIGHTS_FILE
 from fedcompose.contribution import OPTIONAL, REQUIRED, VerifiedContribution
 from fedcompose.errors import ConfigError, RefusedError
-from fedcompose.federation import Federation, read_federation
-from fedcompose.files import MAX_JSON_BYTES, folder_digests, new_folder, read_limited, write_atomic, write_json
+from fedcompose.federation import Federation, format_time, read_federation
+from fedcompose.files import (
+    MAX_JSON_BYTES,
+    dir_hash,
+    folder_digests,
+    new_folder,
+    read_json,
+    read_limited,
+    write_atomic,
+    write_json,
+)
 from fedcompose.folder import copy_file
 from fedcompose.ledger import Head
 from fedcompose.provenance import (
@@ -63,14 +72,18 @@ def release(
     `federation` is the content of `federation.json` in that folder, and of the revocation list that this machine
     has accepted. Of `contributions` those are taken that the candidate was composed from.
 
-    Raises: ConfigError: `FEDERATION_DIFFERS`, `INGREDIENT_MISSING`. RefusedError: whatever `verify_release` refuses,
-        and what is wrong with this coordinator's own clock or ledger, as `deciding`.
+    The same inputs at the same time, with the ledger at the same entry, give the same bytes.
+
+    Raises: ConfigError: `FEDERATION_DIFFERS`, `CANDIDATE_NO_ROUTER`, `CANDIDATE_CHANGED`, `INGREDIENT_MISSING`.
+        RefusedError: whatever `verify_release` refuses, and what is wrong with this coordinator's own clock or ledger,
+        as `deciding`.
     """
     envelope = read_limited(home / FEDERATION_FILE, MAX_JSON_BYTES)
     stated, roots = read_federation(envelope)
     if stated.with_revocations(accepted_revocations(stated.id)) != federation:
         raise ConfigError("FEDERATION_DIFFERS", f"{home / FEDERATION_FILE} is not the federation file in use")
     coordinator, _ = federation.coordinator_key(signer.keyid, now)
+    _check_releasable(candidate)
     composition = parse_composition(read_limited(candidate / COMPOSITION_FILE, MAX_JSON_BYTES))
     ingredients = _ingredients(composition, contributions)
     target = home / RELEASE
@@ -91,6 +104,23 @@ def release(
         )  # fmt: skip
     experts = (replace(expert, path=target / INGREDIENTS_FOLDER / expert.site) for expert in found.experts)
     return replace(found, path=target, experts=tuple(experts))
+
+
+def _check_releasable(candidate: Path) -> None:
+    """A release shows who speaks, and holds experts as they were signed; other candidates stay at home."""
+    composition = read_json(candidate / COMPOSITION_FILE)
+    if composition.get("router") is None:
+        raise ConfigError(
+            "CANDIDATE_NO_ROUTER",
+            f"a candidate made by {composition.get('method')} has no router, and is only for measuring",
+            fix="compose with another method",
+        )
+    if composition.get("changed"):
+        raise ConfigError(
+            "CANDIDATE_CHANGED",
+            "the candidate holds trained copies of the experts, which no site has signed; it is only for measuring",
+            fix="compose without expert_steps",
+        )
 
 
 def _ingredients(composition: Composition, contributions: Sequence[VerifiedContribution]) -> list[VerifiedContribution]:
@@ -138,6 +168,7 @@ def _claims(
     ledger: Head,
     now: datetime,
 ) -> ReleaseProvenance:
+    subjects = folder_digests(folder)
     return ReleaseProvenance(
         federation=federation.id,
         federation_version=federation.version,
@@ -156,8 +187,8 @@ def _claims(
             )
             for each in ingredients
         ),
-        subjects=folder_digests(folder),
-        invocation=f"urn:uuid:{uuid.uuid4()}",
+        subjects=subjects,
+        invocation=f"urn:uuid:{uuid.uuid5(uuid.NAMESPACE_URL, format_time(now) + dir_hash(subjects))}",
         finished=now,
         versions=installed_versions(),
     )

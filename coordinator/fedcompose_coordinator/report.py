@@ -1,7 +1,8 @@
 """Turn the numbers of a run into `report.json` and the page people look at, `report.html`.
 
-Input: `evaluation.json`, what each site told about its training, sizes and provenance. Sites are not trusted
-here: whatever they said is reduced to numbers in their ranges and to short visible text before it is kept.
+Input: `evaluation.json`, perhaps `comparison.json`, what each site told about its training, sizes and provenance.
+Sites are not trusted here: whatever they said is reduced to numbers in their ranges and to short visible text before
+it is kept.
 The page is made from `report.json` alone, so that both always say the same. Parts that are missing are left
 out.
 
@@ -25,7 +26,8 @@ from fedcompose.files import read_json, write_atomic, write_json
 from fedcompose.intervals import Interval, mean_interval, unpaired_difference
 from fedcompose_coordinator.headline import headline, plain
 from fedcompose_coordinator.markup import visible
-from fedcompose_coordinator.report_page import page
+from fedcompose_coordinator.report_page import comparison_page, page
+from fedcompose_coordinator.results import markdown
 
 if TYPE_CHECKING:
     from fedcompose.contribution import VerifiedContribution
@@ -44,12 +46,20 @@ def write_report(
     sizes: Mapping[str, Any],
     provenance: Mapping[str, Any],
     out: Path,
+    comparison: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Write `report.json` and `report.html` into `out`, return the report; equal input gives equal bytes."""
-    report = build_report(evaluation, training, sizes, provenance)
+    report = build_report(evaluation, training, sizes, provenance, comparison)
     write_json(out / "report.json", report)
     write_atomic(out / "report.html", page(report).encode())
     return report
+
+
+def write_comparison(comparison: Mapping[str, Any], out: Path) -> None:
+    """Write `comparison.json`, `comparison.html` and `comparison.md` into `out`."""
+    write_json(out / "comparison.json", comparison)
+    write_atomic(out / "comparison.html", comparison_page(comparison).encode())
+    write_atomic(out / "comparison.md", markdown(comparison).encode())
 
 
 def build_report(
@@ -57,11 +67,13 @@ def build_report(
     training: Mapping[str, Any],
     sizes: Mapping[str, Any],
     provenance: Mapping[str, Any],
+    comparison: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """All numbers: the coordinator's own as they are, the sites' only as far as they make sense."""
     report = {
         **evaluation,
         "schema": SCHEMA,
+        "comparison": comparison,
         "training": {_text(site): _training(log) for site, log in _items(training)},
         "sizes": _sizes(sizes),
         "provenance": _provenance(provenance),

@@ -67,6 +67,8 @@ td small{white-space:nowrap}
 .matrix .quiet td,.matrix .quiet th{background:none;font-weight:400}
 .differences td.better{background:var(--good-bg);color:var(--good)}
 .differences td.worse{background:var(--bad-bg);color:var(--bad)}
+.variant th:first-child{font-weight:400;color:var(--soft);font-size:.85rem;padding-left:22px}
+.costs{font-size:.92rem}
 .facts th,.facts td{text-align:left;font-size:.9rem}
 .facts tr.main th{color:var(--accent);font-weight:700}
 .small{font-size:.92rem;margin-bottom:8px}
@@ -116,6 +118,7 @@ summary{cursor:pointer;color:var(--accent)}
  th,td{padding:6px 7px}
  .matrix td,.matrix thead th{min-width:62px;padding:6px 4px}
  .matrix th:first-child{padding-left:0}
+ .matrix .variant th:first-child{padding-left:8px;font-size:.78rem}
  .matrix td small{font-size:.66rem;letter-spacing:-.02em}
  .headline p:first-child{font-size:1.15rem}
 }

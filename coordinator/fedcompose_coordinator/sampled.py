@@ -6,20 +6,42 @@ but the expert that it shipped anyway.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 
 from fedcompose.bases import Base, base_shapes
 from fedcompose.contribution import VerifiedContribution
-from fedcompose.model.composed import compose_model
+from fedcompose.model.controls import FixedRouter
 from fedcompose.model.experts import read_expert
 from fedcompose.model.lm import load_base, prompt_ids
-from fedcompose.model.router import FixedRouter
+from fedcompose.model.placement import compose_model
 from fedcompose.model.sampling import sample
 from fedcompose.tasks import generator_task, get_task, training
-from fedcompose_coordinator.config import Compose, DeclaredDomain
-from fedcompose_coordinator.lessons import Lesson
+from fedcompose_coordinator.config import Compose, CoordinatorConfig, DeclaredDomain
+from fedcompose_coordinator.lessons import Lesson, lessons_of
 
 FIRST_SEED = 2_000_000  # apart from the seeds that sites distill on
+
+
+def all_lessons(
+    config: CoordinatorConfig,
+    wanted: Compose,
+    admitted: Sequence[VerifiedContribution],
+    base: Base,
+    on_done: Callable[[str, int], None],
+) -> list[Lesson]:
+    """The sites' traces; where a site shipped none, its expert sampled on the domain's declared generator.
+
+    `on_done(site, n)` is told of every n prompts that were sampled.
+    """
+    lessons = lessons_of(admitted)
+    covered = {lesson.domain for lesson in lessons}
+    for expert in admitted:
+        declared = config.domains.get(expert.domain)
+        if expert.kind == "adapter" and expert.domain not in covered and declared:
+            tell = partial(on_done, expert.site)
+            lessons += sample_lessons(expert, declared, base, wanted, config.evaluate.max_new_tokens, tell)
+    return lessons
 
 
 def sample_lessons(

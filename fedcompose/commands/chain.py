@@ -124,6 +124,8 @@ def _release_links(release: VerifiedRelease) -> Iterator[Link]:
             f"sequence {expert.provenance.sequence}; same base; dirHash {expert.dir_hash[:SHORT]}",
         )
     yield Link("router", f"{len(release.experts)} experts", "one row each, in this order")
+    for site in release.composition.get("masked", ()):
+        yield Link("masked", site, "its expert was there in training and is not here; the rest stayed as it was")
     if claims.ledger is not None:
         yield Link(
             "ledger",

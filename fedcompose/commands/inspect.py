@@ -171,6 +171,7 @@ def _release(
             "method": claims.method,
             "targets": ", ".join(composition["targets"]),
             "attention LoRA": f"rank {attention['r']}" if attention else "none",
+            "masked": ", ".join(composition.get("masked", ())) or "none",
         },
         accuracy=_accuracy(accuracy),
         **_common(folder, claims, keyid, digest),

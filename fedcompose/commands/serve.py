@@ -114,6 +114,9 @@ def _listen(port: int) -> socket.socket:
 def _announce(engine: Engine, url: str) -> None:
     release = engine.release
     experts = ", ".join(f"{each.site} ({each.domain})" for each in release.experts)
+    masked = release.composition.get("masked")
+    if masked:
+        experts += f"\nMasked    {', '.join(masked)} (was there in training, is not here)"
     question = '"messages": [{"role": "user", "content": "What is 17 + 25?"}]'
     out.print(
         f"""Verified: a release of {release.federation.name}, signed by {release.provenance.coordinator}

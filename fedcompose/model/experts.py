@@ -1,27 +1,30 @@
-"""Frozen experts inside a linear layer, in rank space.
+"""Frozen experts inside the layers of a model.
 
-An expert is a site's LoRA. All experts of one linear are stacked into a tall A and a wide B, and a router's
-weights act on the few rank rows between them, so experts of any ranks cost two thin matrix products:
+An expert is a site's LoRA. All experts of one linear lie in one matrix A and one B, a row of each for every rank of
+every expert, one expert after the other, so that ranks may differ and an expert that leaves a linear alone has no
+rows there:
 
-    y = W x + B_all ((A_all x) · g[owner]),    B_all = [s_1 B_1 | s_2 B_2 | …],  owner: rank row → expert
+    y = W x + Σ_e g_e s_e B_e A_e x,    A = [A_1; A_2; …],  B = [s_1 B_1ᵀ; s_2 B_2ᵀ; …],  g from a router
 
-It equals W x + Σ_e g_e s_e B_e A_e x for any weights g. An expert that leaves a linear alone has no rows
-there. Expert weights are buffers: nothing can train them.
+`fedcompose.model.kernels` computes it. Expert weights are buffers: nothing can train them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from fedcompose.adapter import CONFIG_FILE, WEIGHTS_FILE, Adapter, parse_adapter, read_adapter
 from fedcompose.contribution import VerifiedContribution
-from fedcompose.model.router import RoutingContext
+from fedcompose.model.kernels import gated_mlp, routed_linear, routed_mlp
+from fedcompose.model.router import RoutedBlock, RoutingContext
 
 TARGETS = ("gate_proj", "up_proj", "down_proj")
 
@@ -74,43 +77,72 @@ def make_expert(name: str, adapter: Adapter) -> Expert:
 
 
 class PackedExperts(nn.Module):
-    """The experts of a linear: `a` (ranks, in), `b` (out, ranks) with scales folded in, `owner` (ranks,)."""
+    """The experts of a linear: `a` (ranks, in), `b` (ranks, out) with scales folded in, `offsets` of their rows."""
 
     a: Tensor
     b: Tensor
-    owner: Tensor
     members: Tensor
 
-    def __init__(self, updates: Sequence[Update | None], like: Tensor) -> None:
-        """`updates` in router order, None where an expert has no rows; number format and device of `like`."""
-        super().__init__()
-        present = [(index, update) for index, update in enumerate(updates) if update is not None]
-        a = torch.cat([update.a for _, update in present])
-        b = torch.cat([update.scale * update.b.double() for _, update in present], dim=1)  # rounded once, below
-        owner = torch.cat([torch.full((len(update.a),), index) for index, update in present])
-        # Not persistent: a release carries the sites' own files, never a re-saved copy.
-        self.register_buffer("a", a.to(like), persistent=False)
-        self.register_buffer("b", b.to(like), persistent=False)
-        self.register_buffer("owner", owner.to(like.device), persistent=False)
-        # g[owner] as a product with 0/1 columns: exact, and its backward is a product too, not a scatter.
-        members = functional.one_hot(owner, len(updates)).T.contiguous()
-        self.register_buffer("members", members.to(like), persistent=False)
+    def __init__(self, updates: Sequence[Update | None], linear: nn.Linear) -> None:
+        """`updates` in router order, None where an expert has no rows; on the device of `linear`.
 
-    def forward(self, x: Tensor, weights: Tensor) -> Tensor:
-        """x (..., in), weights (..., experts) → the weighted updates of x, (..., out)."""
-        gates = weights.to(x.dtype) @ self.members
-        return functional.linear(functional.linear(x, self.a) * gates, self.b)
+        Float32 on a CPU, where it is faster for few tokens than bfloat16; elsewhere the number format of `linear`.
+        """
+        super().__init__()
+        present = [update for update in updates if update is not None]
+        like = linear.weight
+        place: dict[str, Any] = {"device": like.device}
+        place["dtype"] = torch.float32 if like.device.type == "cpu" and like.dtype == torch.bfloat16 else like.dtype
+        a = torch.cat([like.new_zeros(0, like.shape[1], dtype=torch.float32), *(update.a for update in present)])
+        b = [(update.scale * update.b.double()).T for update in present]  # rounded once, below
+        b = torch.cat([like.new_zeros(0, like.shape[0], dtype=torch.float64), *b])
+        self.ranks = [0 if update is None else len(update.a) for update in updates]
+        self.offsets = [0, *accumulate(self.ranks)]
+        # 1 where a rank row (column) belongs to an expert (row): g of every row as a product, and its backward too.
+        members = torch.eye(len(updates)).repeat_interleave(torch.tensor(self.ranks, dtype=torch.long), dim=1)
+        # Not persistent: a release carries the sites' own files, never a re-saved copy.
+        self.register_buffer("a", a.to(**place), persistent=False)
+        self.register_buffer("b", b.to(**place), persistent=False)
+        self.register_buffer("members", members.to(like.device), persistent=False)
+
+    @cached_property
+    def each(self) -> list[tuple[Tensor, Tensor]]:
+        """Views of every expert's Aᵀ (in, rank) and Bᵀ (rank, out), the scale in B: a view costs more than it seems."""
+        return list(zip((a.T for a in self.a.split(self.ranks)), self.b.split(self.ranks), strict=True))
+
+    def _apply(self, fn: Any, recurse: bool = True) -> PackedExperts:
+        """The buffers become others, on another device or in another format; so must the views."""
+        self.__dict__.pop("each", None)
+        return super()._apply(fn, recurse)
 
 
 class RoutedLinear(nn.Module):
-    """A frozen linear with its experts, weighted by the decision in force."""
+    """A frozen linear with its experts. It follows the decision of its block, or asks as a point of its own.
 
-    def __init__(self, linear: nn.Linear, updates: Sequence[Update | None], context: RoutingContext) -> None:
+    It has no `weight`: code that takes a linear's weight to multiply by itself would leave the experts out, and fails.
+    """
+
+    def __init__(
+        self, linear: nn.Linear, updates: Sequence[Update | None], context: RoutingContext, point: int | None = None
+    ) -> None:
         super().__init__()
         self.linear = linear
-        self.experts = PackedExperts(updates, like=linear.weight)
+        self.experts = PackedExperts(updates, linear)
         self.context = context
+        self.point = point
 
     def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self.linear(x) + self.experts(x, self.context.decision.weights)
+        decision = self.context.decision if self.point is None else self.context.decide(self.point, x)
+        return routed_linear(self.linear, self.experts, x, decision)
+
+
+class RoutedMLP(RoutedBlock):
+    """A gated MLP under its own decision: tokens are sorted by expert once, for all three of its linears."""
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        decision = self.context.decide(self.point, hidden_states)
+        y = routed_mlp(self.block, hidden_states, decision)
+        if y is None:
+            with self.context.decided(decision):
+                y = gated_mlp(self.block, hidden_states)
         return y

@@ -14,7 +14,14 @@ from typing import Any
 
 import torch
 from peft.tuners.lora import LoraLayer
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.utils import logging as transformers_logging
 
 from fedcompose.errors import ConfigError
@@ -35,18 +42,19 @@ def fast_dtype() -> torch.dtype:
 def load_base(folder: Path, dtype: torch.dtype | None = None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The base in evaluation mode with every parameter frozen, and its tokenizer.
 
-    Raises: ConfigError: `BASE_UNUSABLE` when the folder holds no causal language model.
+    Raises: ConfigError: `BASE_UNUSABLE` when the folder holds no language model, causal or encoder and decoder.
     """
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     try:
-        model = AutoModelForCausalLM.from_pretrained(
+        two = AutoConfig.from_pretrained(folder, local_files_only=True).is_encoder_decoder
+        model = (AutoModelForSeq2SeqLM if two else AutoModelForCausalLM).from_pretrained(
             folder, dtype=dtype or fast_dtype(), local_files_only=True, use_safetensors=True
         )
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError) as error:
         raise ConfigError(
-            "BASE_UNUSABLE", f"{folder} does not load as a causal language model", got=type(error).__name__
+            "BASE_UNUSABLE", f"{folder} does not load as a language model", got=type(error).__name__
         ) from error
     model.eval().requires_grad_(False)
     if torch.cuda.is_available():

@@ -1,128 +1,137 @@
-"""Routers: who decides, for every token and layer, which expert speaks.
+"""How a decision about experts reaches the linears that follow it.
 
-A `RoutedBlock` stands where the model had a block (an MLP), asks the router about the block's input and runs
-that block under the decision; the linears inside read it from the `RoutingContext` they share. Nothing is
-patched at run time, so caching, padding and `generate` work as they did.
-
-Source: Hard-Routed Mixtures of Reasoning LoRAs (arXiv 2606.31413): one linear router shared by all layers,
-hard top-1, unit scale, dense straight-through gradient. The others are controls that it has to beat.
+A router is any module `(hidden_states (..., width), point) → RoutingDecision`. Points are the places of a model
+that ask it, counted in the model's order: a `RoutedBlock` (an MLP, an attention, a Mamba mixer) that asks about
+its input and runs under the answer, or, where each linear decides for itself, a `RoutedLinear`. All of a model's
+points share one `RoutingContext`. Nothing is patched at run time, so caching, padding and `generate` work as
+they did.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from functools import cached_property
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-ROUTER_INIT_STD = 0.02
 NO_EXPERT = -1  # the choice of a router that does not choose
 
 
 @dataclass(frozen=True)
-class RoutingDecision:
-    """What a router said about one block's input.
+class Point:
+    """A place that decides: the block or linear, by its name in the base, and the width of what it reads."""
 
-    `weights` (..., experts) float32 scale the experts; `choice` (...) int64 is the one expert that speaks, or
-    `NO_EXPERT`; `probabilities` (..., experts) float32 exist only where a router is being trained.
+    name: str
+    width: int
+
+
+class Segments(NamedTuple):
+    """Tokens grouped by expert: `parts` are (expert, start, stop) in `tokens`, which numbers tokens of the decision
+    in this order; None where the order is that of the decision itself. `weights` (tokens, 1) unless all are 1."""
+
+    parts: Sequence[tuple[int, int, int]]
+    tokens: Tensor | None = None
+    weights: Tensor | None = None
+
+
+@dataclass(eq=False)
+class RoutingDecision:
+    """What a router said about one point's input.
+
+    `weights` (..., experts) float32 scale the experts; `choice` (...) int64 is the strongest expert or `NO_EXPERT`.
+    Where a router is being trained there are also `probabilities` (..., experts) and, of a draw, `log_prob` (...).
+    `hard`: the weight is exactly 1 at `choice` and 0 elsewhere; `selected`: only that weight has a gradient.
     """
 
     weights: Tensor
     choice: Tensor
     probabilities: Tensor | None = None
+    log_prob: Tensor | None = None
+    hard: bool = False
+    selected: bool = False
+
+    @property
+    def experts(self) -> int:
+        return self.weights.shape[-1]
+
+    @property
+    def learned(self) -> bool:
+        """Whether the weights have a gradient."""
+        return self.weights.requires_grad
+
+    @cached_property
+    def segments(self) -> Segments:
+        """Computed once, for all linears of a block."""
+        if self.hard:
+            choice = self.choice.reshape(-1)
+            if len(choice) == 1:
+                return Segments(((int(choice), 0, 1),))
+            parts = _parts(torch.bincount(choice, minlength=self.experts).tolist())
+            return Segments(parts, choice.argsort(stable=True) if len(parts) > 1 else None)
+        weights = self.weights.detach().reshape(-1, self.experts).T
+        experts, tokens = weights.nonzero(as_tuple=True)  # sorted by expert
+        parts = _parts(torch.bincount(experts, minlength=self.experts).tolist())
+        return Segments(parts, tokens, weights[experts, tokens][:, None])
+
+
+class OneExpert(RoutingDecision):
+    """One expert for each token, not to be learned from. Weights are written out only if somebody asks for them."""
+
+    hard = True
+    learned = False
+
+    def __init__(self, choice: Tensor, among: int) -> None:
+        self.choice = choice
+        self.among = among
+
+    @property
+    def experts(self) -> int:
+        return self.among
+
+    @cached_property
+    def weights(self) -> Tensor:
+        return functional.one_hot(self.choice, self.among).float()
 
 
 @dataclass
 class RoutingRecord:
-    """Choices of each forward call, (layers, batch, seq) int64; probabilities where a router is trained."""
+    """What was decided in each forward call, by point. A call ends where a point decides for a second time."""
 
-    choices: list[Tensor] = field(default_factory=list)
-    probabilities: list[Tensor] = field(default_factory=list)
+    calls: list[dict[int, RoutingDecision]] = field(default_factory=list)
 
+    def add(self, point: int, decision: RoutingDecision) -> None:
+        if not self.calls or point in self.calls[-1]:
+            self.calls.append({})
+        self.calls[-1][point] = decision
 
-def hard_top1(logits: Tensor) -> RoutingDecision:
-    """One expert per token at weight exactly 1; ties go to the lower index.
+    @property
+    def choices(self) -> list[Tensor]:
+        """Of each call, (points, batch, seq) int64; for models whose points all read the same tokens."""
+        return [torch.stack([each.choice for each in call.values()]) for call in self.calls]
 
-    Where a gradient is wanted, the weights carry the dense straight-through estimator, onehot(argmax) forward
-    and softmax backward, so that dL/dlogit_i = Σ_e p_e (δ_ei − p_i) dL/dw_e over *all* experts e.
-    Source: arXiv 2606.31413, Y = sg(onehot(j) − P) + P.
-    """
-    choice = logits.argmax(-1)  # documented to return the first of equal maxima
-    weights = functional.one_hot(choice, logits.shape[-1]).to(logits.dtype)
-    if not (torch.is_grad_enabled() and logits.requires_grad):
-        return RoutingDecision(weights, choice)
-    probabilities = logits.softmax(-1)
-    # The difference is exactly 0; summed in another order the weight could come out as 1 − 6e-8.
-    return RoutingDecision(weights + (probabilities - probabilities.detach()), choice, probabilities)
-
-
-class Router(nn.Module):
-    """One float32 linear from the block's input to expert scores, without bias, shared by all layers."""
-
-    def __init__(self, hidden: int, experts: int, seed: int = 0) -> None:
-        super().__init__()
-        generator = torch.Generator().manual_seed(seed)
-        weight = torch.randn(experts, hidden, generator=generator) * ROUTER_INIT_STD
-        self.weight = nn.Parameter(weight)
-
-    def forward(self, hidden_states: Tensor) -> RoutingDecision:
-        """(..., hidden) → a decision over (..., experts)."""
-        return hard_top1(functional.linear(hidden_states.float(), self.weight))
-
-
-class FixedRouter(nn.Module):
-    """Control: always the same expert, as if it had been loaded alone."""
-
-    def __init__(self, expert: int, experts: int) -> None:
-        super().__init__()
-        self.expert, self.experts = expert, experts
-
-    def forward(self, hidden_states: Tensor) -> RoutingDecision:
-        return _one_hot(torch.full(hidden_states.shape[:-1], self.expert, device=hidden_states.device), self.experts)
-
-
-class RandomRouter(nn.Module):
-    """Control: a uniformly random expert per token and layer; a seed repeats over the same calls."""
-
-    def __init__(self, experts: int, seed: int = 0) -> None:
-        super().__init__()
-        self.experts = experts
-        self.generator = torch.Generator().manual_seed(seed)
-
-    def forward(self, hidden_states: Tensor) -> RoutingDecision:
-        choice = torch.randint(self.experts, hidden_states.shape[:-1], generator=self.generator)
-        return _one_hot(choice.to(hidden_states.device), self.experts)
-
-
-class UniformRouter(nn.Module):
-    """Control: every expert at weight 1/experts, the uniform merge of the products B·A."""
-
-    def __init__(self, experts: int) -> None:
-        super().__init__()
-        self.experts = experts
-
-    def forward(self, hidden_states: Tensor) -> RoutingDecision:
-        shape = hidden_states.shape[:-1]
-        weights = hidden_states.new_full((*shape, self.experts), 1 / self.experts, dtype=torch.float32)
-        return RoutingDecision(weights, torch.full(shape, NO_EXPERT, device=hidden_states.device))
+    @property
+    def probabilities(self) -> list[Tensor]:
+        """Of each call while training, (points, batch, seq, experts) float32 with their gradient."""
+        known = [[each.probabilities for each in call.values() if each.probabilities is not None] for call in self.calls]
+        return [torch.stack(each) for each in known if each]
 
 
 class RoutingContext:
     """Where the routed parts of a model meet: its router, the decision in force, a record while one is kept.
 
-    Not a module, so that the router is registered once, on the model, and not once per layer.
+    Not a module, so that the router is registered once, on the model, and not once per point.
     """
 
-    def __init__(self, router: nn.Module) -> None:
+    def __init__(self, router: nn.Module, points: Sequence[Point] = ()) -> None:
         self.router = router
-        self.layers = 0  # blocks that ask this context, in the order in which they run
+        self.points = tuple(points)
         self._decision: RoutingDecision | None = None
         self._record: RoutingRecord | None = None
-        self._pending: list[RoutingDecision] = []
 
     @property
     def decision(self) -> RoutingDecision:
@@ -134,16 +143,16 @@ class RoutingContext:
     @contextmanager
     def decided(self, decision: RoutingDecision) -> Iterator[None]:
         """The linears called inside follow `decision`."""
-        self._decision = decision
+        previous, self._decision = self._decision, decision
         try:
             yield
         finally:
-            self._decision = None
+            self._decision = previous
 
     @contextmanager
     def recording(self) -> Iterator[RoutingRecord]:
         """Keep what is decided in every forward call inside the block."""
-        previous, self._record, self._pending = self._record, RoutingRecord(), []
+        previous, self._record = self._record, RoutingRecord()
         try:
             yield self._record
         finally:
@@ -158,36 +167,34 @@ class RoutingContext:
         finally:
             self.router = previous
 
-    def decide(self, layer: int, hidden_states: Tensor) -> RoutingDecision:
-        """Ask the router about the input of block number `layer`."""
-        decision: RoutingDecision = self.router(hidden_states)
+    def decide(self, point: int, hidden_states: Tensor) -> RoutingDecision:
+        """Ask the router about the input of point number `point`."""
+        decision: RoutingDecision = self.router(hidden_states, point)
         if self._record is not None:
-            self._note(self._record, layer, decision)
+            self._record.add(point, decision)
         return decision
-
-    def _note(self, record: RoutingRecord, layer: int, decision: RoutingDecision) -> None:
-        self._pending = [*self._pending, decision] if layer else [decision]
-        if layer < self.layers - 1:
-            return
-        record.choices.append(torch.stack([each.choice for each in self._pending]))
-        if decision.probabilities is not None:
-            known = [each.probabilities.detach() for each in self._pending if each.probabilities is not None]
-            record.probabilities.append(torch.stack(known))
 
 
 class RoutedBlock(nn.Module):
     """A frozen block of the base that runs under the router's decision about its input."""
 
-    def __init__(self, block: nn.Module, layer: int, context: RoutingContext) -> None:
+    def __init__(self, block: nn.Module, point: int, context: RoutingContext) -> None:
         super().__init__()
         self.block = block
-        self.layer = layer
+        self.point = point
         self.context = context
 
-    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
-        with self.context.decided(self.context.decide(self.layer, hidden_states)):
-            return self.block(hidden_states, *args, **kwargs)
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        hidden_states = args[0] if args else kwargs["hidden_states"]
+        with self.context.decided(self.context.decide(self.point, hidden_states)):
+            return self.block(*args, **kwargs)
 
 
-def _one_hot(choice: Tensor, experts: int) -> RoutingDecision:
-    return RoutingDecision(functional.one_hot(choice, experts).float(), choice)
+def _parts(counts: Sequence[int]) -> tuple[tuple[int, int, int], ...]:
+    """(expert, start, stop) of every expert that has tokens."""
+    parts, start = [], 0
+    for expert, count in enumerate(counts):
+        if count:
+            parts.append((expert, start, start + count))
+            start += count
+    return tuple(parts)

@@ -22,14 +22,16 @@ from typing import Any, Literal
 
 import torch
 from jinja2 import TemplateError
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import StoppingCriteria, StoppingCriteriaList
 
 from fedcompose.bases import Base, resolve_base
 from fedcompose.errors import ConfigError
 from fedcompose.model.composed import load_release
+from fedcompose.model.controls import FixedRouter
+from fedcompose.model.learned import PromptRouter
 from fedcompose.model.lm import load_base
-from fedcompose.model.router import FixedRouter, RoutingRecord
+from fedcompose.model.router import RoutingRecord
 from fedcompose.release import VerifiedRelease
 from fedcompose.serve.text import TextStream
 
@@ -167,7 +169,7 @@ class Engine:
         settings = job.settings
         sampled = settings.temperature >= MIN_TEMPERATURE
         torch.manual_seed(secrets.randbits(63) if settings.seed is None else settings.seed)
-        with self._speaker(settings.model) as (model, record):
+        with self._speaker(job) as (model, record):
             listener = _Listener(job, self, record, on_token)
             if not job.cancelled:
                 prompt = torch.tensor([job.prompt], device=model.device)
@@ -187,17 +189,26 @@ class Engine:
         return listener.answer()
 
     @contextmanager
-    def _speaker(self, model: str) -> Iterator[tuple[Any, RoutingRecord]]:
-        """The model that answers under this id, and the record of who speaks in it."""
-        if model == BASE:
+    def _speaker(self, job: Job) -> Iterator[tuple[Any, RoutingRecord]]:
+        """The model that answers a job, and the record of who speaks in it."""
+        if job.settings.model == BASE:
             yield self._plain, RoutingRecord()
             return
         routing = self._model.routing
-        router = routing.router
-        if model != AUTO:
-            router = FixedRouter(self.experts.index(model.removeprefix(EXPERT_PREFIX)), len(self.experts))
-        with routing.using(router), routing.recording() as record:
+        with routing.using(self._router(job)), routing.recording() as record:
             yield self._model, record
+
+    def _router(self, job: Job) -> nn.Module:
+        """The release's router, or one that lets the expert speak that was asked for, or chosen for this prompt."""
+        router: nn.Module = self._model.routing.router
+        if job.settings.model != AUTO:
+            chosen = self.experts.index(job.settings.model.removeprefix(EXPERT_PREFIX))
+        elif isinstance(router, PromptRouter):
+            ids = torch.tensor([job.prompt], device=self._model.device)
+            (chosen,) = router.choose(self._model.get_input_embeddings()(ids), torch.ones_like(ids))
+        else:
+            return router
+        return FixedRouter(chosen, len(self.experts))
 
     @cached_property
     def _plain(self) -> Any:
@@ -237,7 +248,7 @@ class _Listener(StoppingCriteria):
     def _hear(self, token: int) -> None:
         self._heard += 1
         layers = tuple(self._record.choices[-1][:, 0, -1].tolist()) if self._record.choices else ()
-        self._record.choices.clear()
+        self._record.calls.clear()
         if token in self._engine.ends:
             self._finish = "stop"
             return

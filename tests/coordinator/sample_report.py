@@ -9,12 +9,18 @@ import hashlib
 import math
 import random
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from fedcompose.files import write_json
-from fedcompose_coordinator.evaluation import Domain, Plan, summarise
-from fedcompose_coordinator.report import write_report
+from fedcompose_coordinator.comparison import Asked, Run
+from fedcompose_coordinator.comparison import summarise as compare
+from fedcompose_coordinator.evaluation import Plan, summarise
+from fedcompose_coordinator.grid import Cell, Method
+from fedcompose_coordinator.mixed import MixedQuestions
+from fedcompose_coordinator.questions import Domain
+from fedcompose_coordinator.report import write_comparison, write_report
 
 SITES = {"clinic": "clock", "bank": "chain_sum", "archive": "logic"}
 TRUE_ACCURACY = {  # of the synthetic answers, in the order of SITES
@@ -27,25 +33,76 @@ LAYERS = 30
 
 
 def sample_plan(per_domain: int = 200) -> Plan:
-    domains = [Domain(generator, site, generator, {}) for site, generator in SITES.items()]
-    digests = {method: digest(method) for method in TRUE_ACCURACY}
-    return Plan(domains, digests, per_domain, max_new_tokens=48)
+    domains = [Domain(generator, site, generator, {}, per_domain) for site, generator in SITES.items()]
+    return Plan({name: Method(name, digest(name)) for name in TRUE_ACCURACY}, domains, 48)
 
 
 def write_cells(plan: Plan, folder: Path) -> None:
     """Cells as `measure` writes them, with answers drawn from one hidden difficulty per prompt."""
     for column, domain in enumerate(plan.domains):
         rng = random.Random(domain.name)
-        difficulty = [rng.random() for _ in range(plan.per_domain)]
+        difficulty = [rng.random() for _ in range(domain.count)]
         for method, shares in TRUE_ACCURACY.items():
             noise = random.Random(method + domain.name)
             correct = [int(0.85 * hard + 0.15 * noise.random() < shares[column]) for hard in difficulty]
+            fingerprint = plan.cell(method, domain).fingerprint
             cell = {
-                "method": method, "domain": domain.name, "fingerprint": plan.fingerprint(method, domain),
-                "correct": correct, "answered": [1] * plan.per_domain, "seconds": 12.5,
+                "method": method, "questions": domain.name, "fingerprint": fingerprint, "correct": correct,
+                "answered": [1] * domain.count, "seconds": 12.5, "distinct": None, "held": 1,
                 "routed": routed(column) if method == "composed" else None,
             }  # fmt: skip
-            write_json(folder / "cells" / method.replace(":", "-") / f"{domain.name}.json", cell)
+            write_json(folder / "cells" / f"{fingerprint[:16]}.json", cell)
+
+
+COMPARED = {  # of the synthetic answers: single prompts, mixed prompts, share of tokens to the own expert
+    "hard": (0.8, 0.55, 0.62), "hard-off": (0.74, 0.41, 0.6), "soft": (0.79, 0.53, 0.5), "soft-off": (0.7, 0.4, 0.5),
+    "prompt": (0.83, 0.2, 0.97), "prompt-on": (0.82, 0.3, 0.97), "ties": (0.55, 0.12, None),
+    "attention_only": (0.6, 0.31, None), "random_router": (0.4, 0.05, 0.34), "random_router-on": (0.66, 0.2, 0.34),
+    "uniform": (0.5, 0.08, None), "oracle": (0.84, 0.19, 1.0), "base": (0.25, 0.02, None),
+    "expert:clinic": (0.5, 0.1, None), "expert:bank": (0.48, 0.1, None), "expert:archive": (0.47, 0.1, None),
+}  # fmt: skip
+SEEDS = (0, 1, 2)
+
+
+def sample_asked(per_domain: int = 200) -> Asked:
+    domains = tuple(Domain(generator, site, generator, {}, per_domain) for site, generator in SITES.items())
+    return Asked(domains, MixedQuestions(domains, per_domain), 48)
+
+
+def sample_runs(asked: Asked, folder: Path, seeds: Sequence[int] = SEEDS) -> list[Run]:
+    """Runs with the cells that `measure` would have written; the base and the experts are the same in all."""
+    runs = []
+    for seed in seeds:
+        methods = {name: Method(name, digest(f"{name} {seed}" if "expert" not in name else name)) for name in COMPARED}
+        usage = {"hard": {"seconds": 130.0 + seed, "cpu_seconds": 128.0 + seed, "peak_bytes": 1.4e9}}
+        runs.append(Run(seed, folder, methods, usage))
+        for name, method in methods.items():
+            for column, each in enumerate(asked.sets):
+                write_compared(asked.cell(method, each), folder, name, column, seed)
+    return runs
+
+
+def write_compared(cell: Cell, folder: Path, name: str, column: int, seed: int) -> None:
+    count = len(cell.questions.prompts())
+    single, both, own = COMPARED[name]
+    hard, noise = random.Random(cell.questions.name), random.Random(f"{name} {cell.questions.name} {seed}")
+    answers = [0.8 * hard.random() + 0.2 * noise.random() for _ in range(count)]
+    mixed = cell.questions.name == "mixed"
+    correct = [int(answer < (both if mixed else single)) for answer in answers]
+    parts = {"first": [1] * count, "second": correct} if mixed else {}
+    others = None if own is None else [round(1000 * (own if i == column else (1 - own) / 2)) for i in range(len(SITES))]
+    write_json(folder / "cells" / f"{cell.fingerprint[:16]}.json", {
+        "method": name, "questions": cell.questions.name, "fingerprint": cell.fingerprint, "correct": correct, **parts,
+        "answered": [1] * count, "seconds": 20.5 + column, "held": 270_000_000, "routed": others and [others] * LAYERS,
+        "distinct": None if own is None else 1 + 2 * (1 - own),
+    })  # fmt: skip
+
+
+def sample_comparison(folder: Path, per_domain: int = 200) -> dict[str, Any]:
+    asked = sample_asked(per_domain)
+    found = compare(sample_runs(asked, folder), asked)
+    counts = {"sequences": 12, "never_asked": 5, "same_without": 5, "tokens": 480, "same_tokens": 480}
+    return {**found, "blast_radius": counts}
 
 
 def routed(column: int) -> list[list[int]]:
@@ -118,7 +175,16 @@ def write_sample(folder: Path) -> dict[str, Any]:
     plan = sample_plan()
     write_cells(plan, folder / "evaluation")
     evaluation = summarise(plan, folder / "evaluation")
-    return write_report(evaluation, sample_training(), sample_sizes(), sample_provenance(), folder)
+    evaluation["blast_radius"] = {
+        "sequences": 12,
+        "never_asked": 0,
+        "same_without": 0,
+        "tokens": 480,
+        "same_tokens": 478,
+    }
+    comparison = sample_comparison(folder / "evaluation")
+    write_comparison(comparison, folder)
+    return write_report(evaluation, sample_training(), sample_sizes(), sample_provenance(), folder, comparison)
 
 
 if __name__ == "__main__":

@@ -6,94 +6,34 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import astuple, replace
-from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
 import fedcompose
-from fedcompose.bases import Base, resolve_base
+from fedcompose.bases import Base
 from fedcompose.contribution import VerifiedContribution
 from fedcompose.errors import ConfigError, RefusedError
 from fedcompose.files import dir_hash, folder_digests
 from fedcompose.model.composed import assemble
-from fedcompose.model.experts import TARGETS
 from fedcompose.model.lm import load_base
 from fedcompose_coordinator import compose as step
-from fedcompose_coordinator.compose import ComposeSettings, compose
+from fedcompose_coordinator.completion import completion_losses, make_pass
+from fedcompose_coordinator.compose import compose
 from fedcompose_coordinator.lessons import Lesson, encode, micro_batches, plan_batches
+from fedcompose_coordinator.methods import Recipe, recipe
+from tests.coordinator.letters import LETTERS, admit, train_expert
 from tests.federation_sim import FederationSim
 
-LETTERS = {"alpha": "A", "beta": "B"}
-QUICK = ComposeSettings(steps=6, batch=4, checkpoint_every=2)
+
+def _hard(**settings: Any) -> Recipe:
+    return recipe("hard", settings)
 
 
-def _lessons(domain: str, count: int) -> list[Lesson]:
-    """Repeat the domain's letter: a prompt says which letter, an expert has learned to write it."""
-    letter = LETTERS[domain]
-    return [Lesson(domain, letter.lower() * (3 + n % 4), letter * (6 + n % 3)) for n in range(count)]
-
-
-@pytest.fixture(scope="module")
-def lively_base(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tiny base with longer embeddings: as it was born, no logit of it can exceed 0.7."""
-    model: Any
-    model, tokenizer = load_base(tiny_base, torch.float32)
-    model.get_input_embeddings().weight.data *= 15
-    folder = tmp_path_factory.mktemp("base") / "lively"
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
-
-
-def _train_expert(base: Path, folder: Path, domain: str) -> Path:
-    """A small expert that writes its own letter, whatever it is asked."""
-    from peft import LoraConfig, get_peft_model
-
-    model: Any
-    model, tokenizer = load_base(base, torch.float32)
-    torch.manual_seed(0)
-    adapted = get_peft_model(model, LoraConfig(r=4, lora_alpha=8, target_modules=list(TARGETS), task_type="CAUSAL_LM"))
-    optimizer = torch.optim.AdamW([p for p in adapted.parameters() if p.requires_grad], lr=2e-2)
-    prompts = [lesson.prompt for name in LETTERS for lesson in _lessons(name, 4)]
-    lessons = [Lesson(domain, prompt, LETTERS[domain] * 7) for prompt in prompts]
-    rows = encode(tokenizer, lessons, [domain])
-    for _ in range(25):
-        optimizer.zero_grad()
-        (step.completion_loss(model, rows, tokenizer.pad_token_id) / len(rows)).backward()  # type: ignore[no-untyped-call]
-        optimizer.step()
-    adapted.save_pretrained(folder)
-    (folder / "README.md").unlink()
-    return folder
-
-
-@pytest.fixture(scope="module")
-def contributions(lively_base: Path, tmp_path_factory: pytest.TempPathFactory) -> list[VerifiedContribution]:
-    store = tmp_path_factory.mktemp("store")
-    folders = [_train_expert(lively_base, store / domain, domain) for domain in LETTERS]
-    return [_admitted(folder) for folder in folders]
-
-
-def _admitted(folder: Path) -> VerifiedContribution:
-    digests = folder_digests(folder)
-    return VerifiedContribution(
-        path=folder, kind="adapter", site=f"site-{folder.name}", domain=folder.name, dir_hash=dir_hash(digests),
-        keyid="", payload_sha256="", provenance=cast("Any", None), digests=digests,
-        received_on=datetime.now(UTC),
-    )  # fmt: skip
-
-
-@pytest.fixture
-def base(lively_base: Path) -> Base:
-    return resolve_base(lively_base)
-
-
-@pytest.fixture(scope="module")
-def lessons() -> list[Lesson]:
-    return [lesson for domain in LETTERS for lesson in _lessons(domain, 12)]
+QUICK = _hard(steps=6, batch=4, checkpoint_every=2)
 
 
 def _log(folder: Path) -> list[dict[str, Any]]:
@@ -103,9 +43,9 @@ def _log(folder: Path) -> list[dict[str, Any]]:
 def test_the_router_learns_which_expert_knows_which_domain(
     base: Base, contributions: Sequence[VerifiedContribution], lessons: list[Lesson], tmp_path: Path
 ) -> None:
-    settings = ComposeSettings(steps=30, batch=8, router_lr=3e-2)
+    wanted = _hard(steps=30, batch=8, router_lr=3e-2)
 
-    composition = compose(contributions, lessons, base, settings, 0, tmp_path / "candidate")
+    composition = compose(contributions, lessons, base, wanted, 0, tmp_path / "candidate")
 
     log = _log(tmp_path / "candidate")
     assert [line["step"] for line in log] == list(range(1, 31))
@@ -136,22 +76,22 @@ def test_a_candidate_holds_what_a_release_needs_and_experts_stay_as_shipped(
 def test_the_assembled_candidate_writes_as_it_was_taught(
     base: Base, contributions: Sequence[VerifiedContribution], lessons: list[Lesson], tmp_path: Path
 ) -> None:
-    settings = ComposeSettings(steps=20, batch=8, router_lr=3e-2)
-    compose(contributions, lessons, base, settings, 0, tmp_path / "candidate")
+    wanted = _hard(steps=20, batch=8, router_lr=3e-2)
+    compose(contributions, lessons, base, wanted, 0, tmp_path / "candidate")
 
     model, tokenizer = assemble(base, [each.path for each in contributions], tmp_path / "candidate")
-    row = encode(tokenizer, [Lesson("beta", "bbbb", "B")], ["beta"])[0]
-    written = model.generate(torch.tensor([row.ids[: row.prompt]]), max_new_tokens=5, do_sample=False)
-
-    assert tokenizer.decode(written[0, row.prompt :]) == "BBBBB"
+    for domain, letter in LETTERS.items():
+        row = encode(tokenizer, [Lesson(domain, 4 * letter.lower(), letter)], [domain])[0]
+        written = model.generate(torch.tensor([row.ids[: row.prompt + 1]]), max_new_tokens=4, do_sample=False)
+        assert tokenizer.decode(written[0, row.prompt :]) == 5 * letter
 
 
 def test_the_attention_only_control_runs_the_same_loop_without_experts(
     base: Base, contributions: Sequence[VerifiedContribution], lessons: list[Lesson], tmp_path: Path
 ) -> None:
-    settings = ComposeSettings(steps=20, batch=8, attention_lr=1e-2)
+    wanted = _hard(steps=20, batch=8, attention_lr=1e-2)
 
-    composition = compose(contributions, lessons, base, settings, 0, tmp_path / "control", experts=False)
+    composition = compose(contributions, lessons, base, wanted, 0, tmp_path / "control", experts=False)
 
     log = _log(tmp_path / "control")
     assert log[-1]["loss"] < 0.8 * log[0]["loss"] and "share" not in log[0]
@@ -204,7 +144,7 @@ def test_a_checkpoint_of_another_run_is_not_continued(
 def test_refuses_an_expert_that_changed_since_it_was_admitted(
     base: Base, lessons: list[Lesson], tmp_path: Path
 ) -> None:
-    admitted = _admitted(_train_expert(base.path, tmp_path / "alpha", "alpha"))
+    admitted = admit(train_expert(base.path, tmp_path / "alpha", "alpha"))
     with (tmp_path / "alpha" / "adapter_config.json").open("a") as config:
         config.write("\n")
 
@@ -223,15 +163,15 @@ def test_refuses_when_an_expert_changes_in_memory(
     """The guard itself works: a composition that touches one expert weight is refused."""
     built: list[Any] = []
 
-    def keep(model: Any, *arguments: Any) -> Any:
-        built.append(compose_model(model, *arguments))
+    def keep(*arguments: Any) -> Any:
+        built.append(prepare(*arguments))
         return built[-1]
 
-    compose_model = step.compose_model
-    monkeypatch.setattr(step, "compose_model", keep)
+    prepare = step.prepare
+    monkeypatch.setattr(step, "prepare", keep)
 
     def touch(done: int, steps: int, note: str) -> None:
-        built[0].get_submodule("model.layers.0.mlp.block.up_proj").experts.a[0, 0] += 1
+        built[0].model.get_submodule("model.layers.0.mlp.block.up_proj").experts.a[0, 0] += 1
 
     with pytest.raises(RefusedError) as refusal:
         compose(contributions, lessons, base, QUICK, 0, tmp_path / "candidate", on_step=touch)
@@ -249,6 +189,10 @@ def test_says_when_there_is_nothing_to_compose(
         with pytest.raises(ConfigError) as error:
             compose(admitted, taught, base, QUICK, 0, tmp_path / "candidate")
         assert error.value.code == code
+    for wanted in (_hard(attention_rank=0), recipe("ties"), recipe("arrow")):
+        with pytest.raises(ConfigError) as error:
+            compose(contributions, lessons, base, wanted, 0, tmp_path / "candidate", experts=False)
+        assert error.value.code == "COMPOSE_NOTHING_TO_TRAIN"
 
 
 def test_the_loss_is_that_of_the_whole_model_on_completion_tokens_alone(base: Base, lessons: list[Lesson]) -> None:
@@ -256,21 +200,12 @@ def test_the_loss_is_that_of_the_whole_model_on_completion_tokens_alone(base: Ba
     model, tokenizer = load_base(base.path, torch.float32)
     rows = encode(tokenizer, lessons[:2] + lessons[-2:], list(LETTERS))
 
-    together = step.completion_loss(model, rows, tokenizer.pad_token_id)
+    together = completion_losses(model, make_pass(model, rows, tokenizer.pad_token_id))
 
-    one_by_one = 0.0
-    for row in rows:
+    for row, loss in zip(rows, together.tolist(), strict=True):
         logits = model(torch.tensor([row.ids])).logits[0].log_softmax(-1)
-        one_by_one -= sum(float(logits[at - 1, row.ids[at]]) for at in range(row.prompt, len(row.ids)))
-    assert float(together) == pytest.approx(one_by_one, rel=1e-5)
-
-
-def test_the_learning_rate_warms_up_and_ends_near_zero() -> None:
-    settings = ComposeSettings(steps=40, warm_up=0.1)
-    rates = [step.schedule(at, settings) for at in range(40)]
-
-    assert rates[:4] == pytest.approx([0.2, 0.4, 0.6, 0.8]) and rates[4] == 1.0
-    assert rates[4:] == sorted(rates[4:], reverse=True) and 0 < rates[-1] < 0.01
+        by_hand = -sum(float(logits[at - 1, row.ids[at]]) for at in range(row.prompt, len(row.ids)))
+        assert loss == pytest.approx(by_hand, rel=1e-5)
 
 
 def test_a_candidate_becomes_a_release_that_loads(sim: FederationSim) -> None:
@@ -283,27 +218,29 @@ def test_a_candidate_becomes_a_release_that_loads(sim: FederationSim) -> None:
     release = sim.release()
 
     model, _ = fedcompose.load(release.path, [sim.root.keyid], base=sim.base.path)
-    assert release.composition["training"]["steps"] == QUICK.steps
-    assert model.router.weight.shape == (len(sim.sites), 32)
+    assert release.composition["training"]["steps"] == QUICK.settings.steps
+    assert model.router.scorer.weights[0].shape == (len(sim.sites), 32)
 
 
 TWO_PROCESSES = """
 import json, sys
 from pathlib import Path
-from fedcompose_coordinator.compose import ComposeSettings, compose
+from fedcompose_coordinator.compose import compose
 from fedcompose_coordinator.lessons import Lesson
+from fedcompose_coordinator.methods import recipe
 from fedcompose.bases import resolve_base
 lessons = [Lesson(*each) for each in json.loads(sys.argv[2])]
-compose([], lessons, resolve_base(sys.argv[1]), ComposeSettings(steps=4, batch=8), 0, Path(sys.argv[3]), experts=False)
+wanted = recipe("hard", {"steps": 4, "batch": 8})
+compose([], lessons, resolve_base(sys.argv[1]), wanted, 0, Path(sys.argv[3]), experts=False)
 """
 
 
 @pytest.mark.slow
 def test_two_processes_share_the_work_and_learn_the_same(base: Base, lessons: list[Lesson], tmp_path: Path) -> None:
-    settings = ComposeSettings(steps=4, batch=8)
+    wanted = _hard(steps=4, batch=8)
     unlike = [replace(each, prompt=each.prompt * (1 + n % 4)) for n, each in enumerate(lessons)]
     (tmp_path / "script.py").write_text(TWO_PROCESSES)
-    compose([], unlike, base, settings, 0, tmp_path / "one", experts=False)
+    compose([], unlike, base, wanted, 0, tmp_path / "one", experts=False)
 
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", str(tmp_path / "script.py")]
     arguments = [str(base.path), json.dumps([astuple(each) for each in unlike]), str(tmp_path / "two")]

@@ -8,7 +8,7 @@ import pytest
 
 from fedcompose import ledger
 from fedcompose.errors import ConfigError, RefusedError
-from fedcompose.files import folder_digests, write_json
+from fedcompose.files import folder_digests, read_json, write_json
 from fedcompose.revocations import RevokedKey, next_revocations, no_revocations
 from fedcompose.trust_state import accept_revocations, trusted_federation
 from fedcompose_coordinator import publish
@@ -121,3 +121,20 @@ def test_an_accepted_revocation_list_does_not_stop_a_release_of_others(
     monkeypatch.setattr(FederationSim, "federation", trusted_federation(sim.envelope, None, sim.now))
     sim.compose()
     assert [expert.site for expert in sim.release().experts] == ["site-b"]
+
+
+def test_the_same_inputs_at_the_same_time_give_the_same_release_but_for_its_place_in_the_ledger(
+    sim: FederationSim,
+) -> None:
+    first, again = sim.released(), sim.release()
+    differ = {name for name, digest in first.digests.items() if again.digests[name] != digest}
+    assert differ == {"provenance.json"}
+
+
+def test_a_merge_is_not_released(sim: FederationSim) -> None:
+    sim.released()
+    candidate = sim.coordinator_home / "candidate"
+    write_json(candidate / "composition.json", {**read_json(candidate / "composition.json"), "router": None})
+    with pytest.raises(ConfigError) as error:
+        sim.release()
+    assert error.value.code == "CANDIDATE_NO_ROUTER"

@@ -15,8 +15,9 @@ from fedcompose_coordinator.evaluation import summarise
 from fedcompose_coordinator.headline import FORMS
 from fedcompose_coordinator.markup import Markup, h
 from fedcompose_coordinator.report import build_report, describe_release, write_report
-from fedcompose_coordinator.report_page import page
+from fedcompose_coordinator.report_page import comparison_page, page
 from tests.coordinator.sample_report import (
+    sample_comparison,
     sample_plan,
     sample_provenance,
     sample_sizes,
@@ -68,6 +69,11 @@ def evaluation(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return summarise(plan, folder)
 
 
+@pytest.fixture(scope="module")
+def comparison(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    return sample_comparison(tmp_path_factory.mktemp("compared"), 60)
+
+
 @pytest.fixture
 def report(evaluation: dict[str, Any]) -> dict[str, Any]:
     return build_report(evaluation, sample_training(), sample_sizes(), sample_provenance())
@@ -98,7 +104,7 @@ def test_the_page_is_well_formed_and_has_every_section(report: dict[str, Any]) -
     parsed = Page(page(report))
     sections = [attributes["id"] for tag, attributes in parsed.elements if tag == "section"]
     assert sections == [
-        "summary", "accuracy", "differences", "training", "routing", "sizes", "provenance", "next", "notes",
+        "summary", "accuracy", "differences", "routing", "training", "sizes", "provenance", "next", "notes",
     ]  # fmt: skip
 
 
@@ -108,6 +114,20 @@ def test_every_number_on_the_page_is_the_one_in_the_json(report: dict[str, Any])
     for pointer, value, text in parsed.numbers:
         assert value == resolve(report, pointer), pointer
         assert text in {form(value) for form in FORMS.values()}, pointer
+
+
+def test_a_comparison_is_a_section_and_a_page_of_its_own(report: dict[str, Any], comparison: dict[str, Any]) -> None:
+    for text, found in ((page({**report, "comparison": comparison}), {"comparison": comparison}), (
+        comparison_page(comparison), comparison,
+    )):  # fmt: skip
+        parsed = Page(text)
+        numbers = [each for each in parsed.numbers if "/methods/" in each[0]]
+        shown = {pointer.split("/methods/")[1].split("/")[0] for pointer, _, _ in numbers}
+        assert shown == set(comparison["methods"]) and len(numbers) > 500
+        for pointer, value, written in numbers:
+            assert value == resolve(found, pointer) and written in {form(value) for form in FORMS.values()}, pointer
+        assert "both right in" in parsed.text and "in 5 of them" in parsed.text
+        assert re.search(r"Hard is clearly better .* than the base", parsed.text)
 
 
 def test_a_changed_number_would_be_noticed(report: dict[str, Any]) -> None:
@@ -140,6 +160,17 @@ def poison(value: Any) -> Any:
     if isinstance(value, list):
         return [poison(item) for item in value]
     return HOSTILE if isinstance(value, str) else value
+
+
+@pytest.mark.parametrize(
+    ("never", "same", "said"), [(0, 0, "every expert had a part in each"), (7, 6, "7 times an expert had no part")]
+)
+def test_the_reach_of_an_expert_is_told_as_it_was_found(
+    evaluation: dict[str, Any], never: int, same: int, said: str
+) -> None:
+    counts = {"sequences": 12, "never_asked": never, "same_without": same, "tokens": 480, "same_tokens": 478}
+    text = Page(page(build_report({**evaluation, "blast_radius": counts}, {}, {}, {}))).text
+    assert said in text and "478 of 480 next tokens" in text and ("in 6 of them" in text) == bool(same)
 
 
 def test_text_of_sites_cannot_become_markup(evaluation: dict[str, Any]) -> None:
@@ -212,8 +243,8 @@ def test_an_empty_report_is_still_a_page() -> None:
 def test_a_run_without_the_attention_control_says_nothing_about_it(tmp_path: Path) -> None:
     plan = sample_plan(60)
     write_cells(plan, tmp_path)
-    digests = {name: value for name, value in plan.digests.items() if name != "attention_only"}
-    lesser = type(plan)(plan.domains, digests, plan.per_domain, plan.max_new_tokens)
+    methods = {name: method for name, method in plan.methods.items() if name != "attention_only"}
+    lesser = type(plan)(methods, plan.domains, plan.max_new_tokens)
     report = build_report(summarise(lesser, tmp_path), {}, {}, {})
     assert "attention_only" not in report["accuracy"]
     assert "Attention LoRA alone" not in page(report)

@@ -5,13 +5,17 @@ from __future__ import annotations
 import math
 import random
 
+import numpy as np
 import pytest
 
 from fedcompose.intervals import (
     Z_95,
     Ingredients,
     Interval,
+    Resampling,
     accuracy,
+    drawn_interval,
+    drawn_ratio,
     mean_interval,
     paired_difference,
     retention,
@@ -163,3 +167,69 @@ def test_retention_limits_are_the_same_on_every_run() -> None:
     parts = Ingredients(*([rng.randint(0, 1) for _ in range(90)] for _ in range(2)), [1] * 90)
     parts = Ingredients([0] * 60 + list(parts.base)[:30], parts.expert, parts.composed)
     assert retention({"a": parts}) == retention({"a": parts})
+
+
+def answers(seed: int, runs: int, count: int = 300, spread: float = 0.0) -> list[list[int]]:
+    """Runs whose skill differs by `spread`, over prompts of their own difficulty."""
+    rng = np.random.default_rng(seed)
+    difficulty = rng.random(count)
+    return [(difficulty < 0.6 + spread * rng.normal()).astype(int).tolist() for _ in range(runs)]
+
+
+def test_of_one_run_the_bootstrap_agrees_with_wilson() -> None:
+    vectors = answers(0, runs=1)
+    found = drawn_interval(Resampling({"math": 300}, 1).mean("math", vectors), 300)
+    expected = accuracy(vectors[0])
+    assert found is not None and found.value == pytest.approx(expected.value)
+    assert (found.low, found.high) == pytest.approx((expected.low, expected.high), abs=0.01)
+
+
+def test_the_bootstrap_pairs_prompts_and_runs() -> None:
+    resampling = Resampling({"math": 300}, 3)
+    first = answers(1, runs=3, spread=0.1)
+    second = [[bit if row % 20 else 0 for row, bit in enumerate(run)] for run in first]  # a little worse everywhere
+    one, two = resampling.mean("math", first), resampling.mean("math", second)
+    alone, apart = drawn_interval(one, 300), drawn_interval(one - two, 300)
+    assert alone is not None and apart is not None and apart.excludes_zero()
+    assert apart.high - apart.low < (alone.high - alone.low) / 3
+    unpaired = drawn_interval(one - np.random.default_rng(0).permutation(two), 300)
+    assert unpaired is not None and not unpaired.excludes_zero()
+
+
+def test_runs_that_differ_make_an_interval_wider_than_prompts_do() -> None:
+    alike, apart = (
+        drawn_interval(Resampling({"math": 300}, 3).mean("math", answers(2, runs=3, spread=spread)), 300)
+        for spread in (0.0, 0.15)
+    )
+    assert alike is not None and apart is not None
+    assert apart.high - apart.low > 1.5 * (alike.high - alike.low)
+
+
+def test_the_variance_between_runs_is_right_on_average() -> None:
+    rng, found = np.random.default_rng(3), []
+    for _ in range(200):  # each run is right on everything or nothing of a single prompt: only runs vary
+        runs = rng.integers(0, 2, size=(3, 1))
+        found.append(np.var(Resampling({"math": 1}, 3).mean("math", runs.tolist())[1:]))
+    assert np.mean(found) == pytest.approx(0.25 / 3, rel=0.15)  # the variance of a mean of three coins
+
+
+def test_resampled_limits_cover_the_truth_about_95_times_in_100() -> None:
+    inside, resampling = 0, Resampling({"math": 120}, 1)
+    for seed in range(200):
+        found = drawn_interval(resampling.mean("math", answers(seed, 1, 120)), 120)
+        assert found is not None
+        inside += found.low <= 0.6 <= found.high
+    assert 0.9 <= inside / 200 <= 0.99
+
+
+def test_a_ratio_without_a_gain_has_no_interval() -> None:
+    resampling = Resampling({"math": 50}, 1)
+    none, some = resampling.mean("math", [[0] * 50]), resampling.mean("math", [[1, 0] * 25])
+    assert drawn_interval(drawn_ratio(some, none), 50) is None
+    found = drawn_interval(drawn_ratio(some, some), 50)
+    assert found is not None and (found.value, found.low, found.high) == (1, 1, 1)
+
+
+def test_resampling_is_the_same_on_every_run() -> None:
+    first, again = (Resampling({"b": 90, "a": 80}, 3).mean("a", answers(4, 3, 80)) for _ in range(2))
+    assert np.array_equal(first, again)

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from fedcompose.bases import cache_dir
-from fedcompose.demo import SCENARIOS, Demo, _set, found_federation
+from fedcompose.demo import SCENARIOS, Demo, found_federation, with_settings
 from fedcompose.errors import MissingError
 from fedcompose.files import folder_digests
 from fedcompose.tasks import held_out, training
@@ -57,9 +57,9 @@ def test_founding_the_federation_again_changes_nothing(tmp_path: Path, tiny_base
 
 
 def test_a_setting_is_changed_once_and_must_exist() -> None:
-    assert _set("seed = 0  # a\n[x]\nseed = 1\n", "seed", 7) == "seed = 7  # a\n[x]\nseed = 1\n"
+    assert with_settings("seed = 0  # a\n[x]\nseed = 1\n", {"seed": 7}) == "seed = 7  # a\n[x]\nseed = 1\n"
     with pytest.raises(ValueError, match="no setting"):
-        _set("seed = 0\n", "steps", 7)
+        with_settings("seed = 0\n", {"steps": 7})
 
 
 @pytest.mark.parametrize("scenario", SCENARIOS, ids=lambda scenario: scenario.site)

@@ -10,14 +10,16 @@ from transformers import AutoModelForCausalLM
 
 import fedcompose
 from fedcompose.bases import Base, resolve_base
-from fedcompose.errors import ConfigError, MissingError, RefusedError
+from fedcompose.errors import MissingError, RefusedError
 from fedcompose.model import composed
+from fedcompose.model.controls import FixedRouter, UniformRouter
 from fedcompose.model.experts import Expert, Update, load_expert
+from fedcompose.model.learned import Router, save_router
 from fedcompose.model.lm import load_base, prompt_ids
-from fedcompose.model.router import FixedRouter, Router, UniformRouter
+from fedcompose.model.placement import compose_model
 from tests.federation_sim import FederationSim
 from tests.tiny import make_tiny_base
-from tests.tiny_experts import make_tiny_expert
+from tests.tiny_experts import make_tiny_expert, make_tiny_router
 
 
 @pytest.fixture(scope="module")
@@ -44,14 +46,12 @@ def base(tiny_base: Path) -> Base:
 
 def _compose(base: Base, folders: list[Path], router: torch.nn.Module) -> Any:
     model, _ = load_base(base.path, torch.float32)
-    return composed.compose_model(model, [load_expert(folder) for folder in folders], router)
+    return compose_model(model, [load_expert(folder) for folder in folders], router)
 
 
 def _router(folders: list[Path]) -> Router:
     """Large enough that every expert is chosen somewhere."""
-    router = Router(hidden=32, experts=len(folders), seed=5)
-    router.weight.data *= 50
-    return router.requires_grad_(False)
+    return make_tiny_router(len(folders), seed=5, strength=50).requires_grad_(False)
 
 
 def _ids(rows: int = 2, length: int = 9) -> torch.Tensor:
@@ -83,8 +83,8 @@ def test_the_uniform_router_is_the_average_of_the_deltas(base: Base, experts: li
 @torch.no_grad()
 def test_the_order_of_the_experts_matters_only_with_the_router_rows(base: Base, experts: list[Path]) -> None:
     router = _router(experts)
-    permuted = Router(32, 3)
-    permuted.weight.data = router.weight[[2, 0, 1]]
+    permuted = make_tiny_router(3)
+    permuted.scorer.weights[0].data = router.scorer.weights[0][[2, 0, 1]]
 
     logits = _compose(base, experts, router)(_ids()).logits
     same = _compose(base, [experts[2], experts[0], experts[1]], permuted)(_ids()).logits
@@ -126,12 +126,12 @@ def test_padding_changes_nothing(base: Base, experts: list[Path]) -> None:
 
 
 def test_the_router_is_registered_once_and_is_all_that_can_be_trained(base: Base, experts: list[Path]) -> None:
-    model = _compose(base, experts, Router(32, 3))
+    model = _compose(base, experts, make_tiny_router(3))
 
     trainable = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
 
-    assert trainable == {"router.weight"}
-    assert [key for key in model.state_dict() if "router" in key] == ["router.weight"]
+    assert trainable == {"router.scorer.weights.0"}
+    assert [key for key in model.state_dict() if "router" in key] == ["router.scorer.weights.0"]
 
 
 @torch.no_grad()
@@ -139,7 +139,7 @@ def test_a_block_without_experts_is_left_alone(base: Base, experts: list[Path]) 
     whole = load_expert(experts[0])
     upper = {name: update for name, update in whole.updates.items() if name.startswith("model.layers.1.")}
     model, _ = load_base(base.path, torch.float32)
-    composed.compose_model(model, [Expert("upper", upper)], Router(32, 1))
+    compose_model(model, [Expert("upper", upper)], make_tiny_router(1))
 
     with model.routing.recording() as record:
         model(_ids())
@@ -148,12 +148,13 @@ def test_a_block_without_experts_is_left_alone(base: Base, experts: list[Path]) 
     assert tuple(record.choices[0].shape) == (1, 2, 9)
 
 
-def test_refuses_an_expert_outside_the_routed_blocks(tiny_base: Path, base: Base, tmp_path: Path) -> None:
-    folder = make_tiny_expert(tiny_base, tmp_path / "attention", target_modules=["q_proj", "up_proj"])
-
-    with pytest.raises(RefusedError, match="not routed") as refusal:
-        _compose(base, [folder], Router(32, 1))
-    assert refusal.value.code == "COMPOSE_TARGETS"
+def test_refuses_an_expert_of_what_is_no_linear_in_a_block(base: Base) -> None:
+    model, _ = load_base(base.path)
+    for name in ("lm_head", "model.layers.0.mlp", "model.layers.7.mlp.up_proj", "model.embed_tokens"):
+        stranger = Expert("stranger", {name: Update(torch.zeros(4, 32), torch.zeros(259, 4), 1.0)})
+        with pytest.raises(RefusedError) as refusal:
+            compose_model(model, [stranger], make_tiny_router(1))
+        assert refusal.value.code == "COMPOSE_TARGETS"
 
 
 def test_refuses_an_expert_of_another_width(base: Base) -> None:
@@ -162,14 +163,8 @@ def test_refuses_an_expert_of_another_width(base: Base) -> None:
     model, _ = load_base(base.path)
 
     with pytest.raises(RefusedError) as refusal:
-        composed.compose_model(model, [stranger], Router(32, 1))
+        compose_model(model, [stranger], make_tiny_router(1))
     assert refusal.value.code == "COMPOSE_SHAPES"
-
-
-def test_says_when_a_base_has_no_block_to_route(experts: list[Path]) -> None:
-    with pytest.raises(ConfigError) as error:
-        composed.compose_model(torch.nn.Sequential(torch.nn.Linear(2, 2)), [], Router(2, 1))
-    assert error.value.code == "COMPOSE_NO_BLOCKS"
 
 
 def _trained(base: Base, experts: list[Path]) -> Any:
@@ -177,11 +172,11 @@ def _trained(base: Base, experts: list[Path]) -> Any:
     model, _ = load_base(base.path, torch.float32)
     for index, weight in enumerate(composed.add_attention(model, rank=3, alpha=6, seed=0)):
         weight.data = 0.2 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(index))
-    return composed.compose_model(model, [load_expert(folder) for folder in experts], _router(experts))
+    return compose_model(model, [load_expert(folder) for folder in experts], _router(experts))
 
 
 def _save(model: Any, folder: Path) -> Path:
-    composed.save_router(folder / composed.ROUTER_FILE, model.router)
+    save_router(folder / composed.ROUTER_FILE, model.router)
     composed.save_attention(folder / composed.ATTENTION_FOLDER, model)
     return folder
 
@@ -189,10 +184,10 @@ def _save(model: Any, folder: Path) -> Path:
 @torch.no_grad()
 def test_saved_and_assembled_again_it_says_the_same(base: Base, experts: list[Path], tmp_path: Path) -> None:
     model = _trained(base, experts)
-    again, _ = composed.assemble(base, experts, _save(model, tmp_path), torch.float32)
+    again, _ = composed.assemble(base, experts, _save(model, tmp_path), dtype=torch.float32)
 
     torch.testing.assert_close(again(_ids()).logits, model(_ids()).logits, rtol=0, atol=1e-5)
-    assert torch.equal(again.router.weight, model.router.weight)
+    assert torch.equal(again.router.scorer.weights[0], model.router.scorer.weights[0])
 
 
 @torch.no_grad()
@@ -215,24 +210,6 @@ def test_the_attention_lora_is_float32_on_a_bfloat16_base_and_repeats_with_its_s
     assert {parameter.dtype for parameter in first} == {torch.float32} and len(first) == 2 * 4 * 2
     assert all(torch.equal(one, other) for one, other in zip(first, second, strict=True))
     assert model(_ids()).logits.dtype == torch.bfloat16
-
-
-def test_refuses_a_router_of_another_shape_or_with_a_hole(tmp_path: Path) -> None:
-    router = Router(hidden=8, experts=2)
-    composed.save_router(tmp_path / "good", router)
-    router.weight.data[0, 0] = float("nan")
-    composed.save_router(tmp_path / "nan", router)
-    (tmp_path / "junk").write_bytes(b"junk")
-
-    assert composed.load_router(tmp_path / "good", 2, 8).weight.shape == (2, 8)
-    for name, experts, code in (
-        ("good", 3, "ROUTER_INVALID"),
-        ("nan", 2, "ROUTER_INVALID"),
-        ("junk", 2, "SAFETENSORS_INVALID"),
-    ):
-        with pytest.raises(RefusedError) as refusal:
-            composed.load_router(tmp_path / name, experts, 8)
-        assert refusal.value.code == code
 
 
 def test_refuses_an_attention_lora_that_changes_the_mlp(base: Base, experts: list[Path]) -> None:
