@@ -39,7 +39,8 @@ def run_all(
     """
     threads = str(max(1, (os.cpu_count() or 1) // at_once))
     environment = {**os.environ, "OMP_NUM_THREADS": threads}
-    waiting, running = list(enumerate(commands)), {}
+    waiting = list(enumerate(commands))
+    running: dict[int, tuple[subprocess.Popen[bytes], float]] = {}
     try:
         while waiting or running:
             while waiting and len(running) < at_once:
