@@ -6,7 +6,7 @@ so that other work on the machine disturbs less. Compare ratios. The forms:
 
     base        no experts
     peft        one LoRA by PEFT, not merged
-    ours        K experts, hard top-1 router, as `compose_model` makes it
+    ours        K experts, hard top-1 router, as `compose_model` makes it; also with two experts
     reference   the same by the loop that the reference code of arXiv 2606.31413 has: for every projection and expert a
                 mask, its rows, two products and an index_add
     dense       (training) the straight-through estimator as its formula reads: every expert for every token
@@ -184,6 +184,7 @@ def mlp_models(layers: int, count: int, rank: int, arrow: bool) -> dict[str, Any
         "base": model,
         "peft": with_peft(model, rank),
         "ours": ours,
+        "ours, K=2": routed(model, experts[:2]),
         "reference": referring(model, experts, ours.router.scorer.weights[0]),
     }
     if arrow:
@@ -329,15 +330,16 @@ def one_token(model: Any, batch: int, past: int = 32) -> Callable[[], Any]:
 
 def start(release: Path | None, root: str | None) -> dict[str, Any]:
     """Seconds of processor time, the best of three: imports, and verifying and loading a release."""
-    verify = f"from fedcompose.release import *; verify_release(ReceivedRelease(__import__('pathlib').Path({str(release)!r})), [{root!r}])"
     tasks = {
         "import fedcompose": "import fedcompose",
         "import the verifier": "import fedcompose.release",
         "import the model": "import fedcompose.model.composed",
     }
     if release and root:
+        names = "from pathlib import Path; from fedcompose.release import ReceivedRelease, verify_release"
+        opened = f"ReceivedRelease(Path({str(release)!r})), [{root!r}]"
         tasks |= {
-            "verify a release": verify,
+            "verify a release": f"{names}; verify_release({opened})",
             "verify and load it": f"import fedcompose; fedcompose.load({str(release)!r}, [{root!r}])",
         }
     return {name: min(_process_seconds(code) for _ in range(3)) for name, code in tasks.items()}
@@ -345,7 +347,8 @@ def start(release: Path | None, root: str | None) -> dict[str, Any]:
 
 def _process_seconds(code: str) -> float:
     timed = f"import time\n{code}\nprint(time.process_time())"
-    return float(subprocess.run([sys.executable, "-c", timed], check=True, capture_output=True, text=True).stdout.split()[-1])
+    done = subprocess.run([sys.executable, "-c", timed], check=True, capture_output=True, text=True)
+    return float(done.stdout.split()[-1])
 
 
 def table(rows: Sequence[dict[str, Any]]) -> None:

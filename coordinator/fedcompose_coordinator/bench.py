@@ -30,6 +30,7 @@ from fedcompose.model.lm import load_base, prompt_ids
 from fedcompose.model.placement import compose_model, linear_of
 from fedcompose.model.router import RoutingDecision, RoutingRecord
 from fedcompose.model.sampling import sample
+from fedcompose.release import COMPOSITION_FILE
 from fedcompose.routing import Decides, RouterConfig
 from fedcompose_coordinator.grid import Method
 from fedcompose_coordinator.membership import CHANGED_FOLDER
@@ -48,7 +49,7 @@ def open_bench(candidates: Sequence[Path], contributions: Sequence[VerifiedContr
     admitted = {each.dir_hash: each.path for each in contributions if each.kind == "adapter"}
     wanted: dict[str, str] = {}
     for candidate in candidates:
-        composition = read_json(candidate / "composition.json")
+        composition = read_json(candidate / COMPOSITION_FILE)
         experts = {row["site"]: row["dirHash"] for row in composition["experts"]}
         wanted = wanted or experts
         found = composition["base"]["dirHash"]
@@ -91,7 +92,7 @@ class ModelBench:
         self._acting.close()
         learned = method.candidate if method.router == "learned" else None
         config = router_config(method.candidate)
-        self._place(_inside(learned, MERGED_FOLDER) or config.decides, _inside(learned, CHANGED_FOLDER))
+        self._place(_folder(learned, MERGED_FOLDER) or config.decides, _folder(learned, CHANGED_FOLDER))
         self._switch_attention(method.attention)
         self.router = self._make_router(method, config)
         context = self._model.routing
@@ -169,8 +170,8 @@ class ModelBench:
 
     def _switch_attention(self, candidate: Path | None) -> None:
         """Restore the base's own attention, then merge the candidate's attention LoRA where there is one."""
-        for linear, weight in self._restore:
-            linear.weight.data.copy_(weight)
+        for changed, weight in self._restore:
+            changed.weight.data.copy_(weight)
         self._restore = []
         if candidate is None:
             return
@@ -188,10 +189,8 @@ class ModelBench:
         if router.startswith("expert:"):
             experts = [experts[self._sites.index(router.removeprefix("expert:"))]]
         numbers = sum(update.a.numel() + update.b.numel() for expert in experts for update in expert.updates.values())
-        modules = [self._model, *([self.router] if self.router else [])]
-        return int(numbers * self._model.dtype.itemsize) + sum(
-            parameter.nbytes for module in modules for parameter in module.parameters()
-        )
+        parameters = [*self._model.parameters(), *(self.router.parameters() if self.router else ())]
+        return int(numbers * self._model.dtype.itemsize + sum(parameter.nbytes for parameter in parameters))
 
     def _count(self, _model: Any, _args: Any, kwargs: Mapping[str, Any], _output: Any) -> None:
         """After each forward call: add up what every point chose; nothing while somebody else records."""
@@ -237,12 +236,12 @@ class RoutedTally:
             self._groups += groups
 
 
-def _inside(candidate: Path | None, name: str) -> Path | None:
+def _folder(candidate: Path | None, name: str) -> Path | None:
     """A folder of the candidate, if it has it."""
     return candidate / name if candidate and (candidate / name).is_dir() else None
 
 
 def router_config(candidate: Path | None) -> RouterConfig:
     """That of a candidate; the default one where it has none."""
-    composition = read_json(candidate / "composition.json") if candidate else {}
+    composition = read_json(candidate / COMPOSITION_FILE) if candidate else {}
     return RouterConfig.model_validate(composition.get("router") or {})

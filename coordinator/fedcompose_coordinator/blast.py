@@ -20,6 +20,7 @@ from torch import Tensor
 
 from fedcompose.files import read_json
 from fedcompose.model.lm import completion_ids, pad_right, prompt_ids
+from fedcompose.release import COMPOSITION_FILE
 from fedcompose_coordinator.bench import ModelBench, router_config
 from fedcompose_coordinator.grid import Method
 from fedcompose_coordinator.membership import mask
@@ -43,7 +44,7 @@ def blast_radius(method: Method, bench: ModelBench, domains: Sequence[Domain]) -
     `never_asked` counts pairs of a sequence and an expert without a part in it, `same_without` those of them whose
     logits stay the same when the expert is gone; `same_tokens` of `tokens` follow alike, alone and in a batch.
     """
-    composition = read_json(method.candidate / "composition.json") if method.candidate else {}
+    composition = read_json(method.candidate / COMPOSITION_FILE) if method.candidate else {}
     config = router_config(method.candidate)
     if not composition.get("router") or config.granularity == "prompt" or config.scorer == "static":
         return None

@@ -229,6 +229,7 @@ def _compose(
 ) -> dict[str, Any]:
     """Gather the lessons that the recipe needs and follow it, with progress on the screen."""
     from fedcompose_coordinator.compose import compose as follow
+    from fedcompose_coordinator.mixed import mixed_lessons
     from fedcompose_coordinator.sampled import all_lessons
 
     with progress_bars() as bars:
@@ -238,6 +239,8 @@ def _compose(
             bars.update(sampling, advance=count, visible=True, note=site)
 
         lessons = all_lessons(config, wanted, admitted, base, sampled) if recipe.needs_lessons or not experts else []
+        if recipe.made in ("trained", "sampled"):
+            lessons += mixed_lessons(lessons, wanted.mixed_lessons, wanted.seed)
         bar = bars.add_task("compose", total=None, note="")
 
         def step(done: int, of: int, note: str) -> None:

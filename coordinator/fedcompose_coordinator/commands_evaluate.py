@@ -119,7 +119,8 @@ def open_evaluation(home: Path) -> Opened:
 
 
 def _evaluate(opened: Opened, worker: bool, as_json: bool) -> None:
-    from fedcompose_coordinator.evaluation import CELLS_FOLDER, EVALUATION_FILE, make_parts, make_plan, summarise
+    from fedcompose.release import EVALUATION_FILE
+    from fedcompose_coordinator.evaluation import CELLS_FOLDER, make_parts, make_plan, summarise
     from fedcompose_coordinator.grid import measure
 
     home, candidate = opened.home, opened.home / CANDIDATE
@@ -147,7 +148,7 @@ def _compare(opened: Opened, seeds: int, methods: str, worker: bool, as_json: bo
     from fedcompose_coordinator.report import write_comparison
     from fedcompose_coordinator.results import markdown
 
-    names = methods.split(",") if methods else _available()
+    names = methods.split(",") if methods else available()
     numbers = range(opened.config.compose.seed, opened.config.compose.seed + seeds)
     if not worker:
         _compose_missing(opened, candidates(names, numbers))
@@ -198,7 +199,7 @@ def _fill(opened: Opened, cells: Sequence[Cell], bench: OpenBench, *options: str
         )  # fmt: skip
 
 
-def _available() -> list[str]:
+def available() -> list[str]:
     """Every method that can run here: LoRAHub's search needs a package of its own."""
     return [name for name in METHODS if name != "lorahub" or find_spec("nevergrad")]
 

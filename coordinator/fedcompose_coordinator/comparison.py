@@ -26,11 +26,9 @@ from fedcompose.adapter import MAX_WEIGHTS_BYTES, WEIGHTS_FILE, parse_safetensor
 from fedcompose.errors import ConfigError
 from fedcompose.files import read_json, read_limited
 from fedcompose.intervals import Draws, Resampling, drawn_interval, drawn_ratio
-from fedcompose.release import MAX_ROUTER_BYTES, ROUTER_FILE
+from fedcompose.release import ATTENTION_FOLDER, COMPOSITION_FILE, MAX_ROUTER_BYTES, ROUTER_FILE
 from fedcompose_coordinator.evaluation import (
-    ATTENTION_FOLDER,
     CELLS_FOLDER,
-    COMPOSITION_FILE,
     Parts,
     best_single,
     check_complete,
@@ -38,11 +36,10 @@ from fedcompose_coordinator.evaluation import (
     shares,
 )
 from fedcompose_coordinator.grid import Cell, Method, read_cell
-from fedcompose_coordinator.methods import METHODS
-from fedcompose_coordinator.mixed import NAME as MIXED
+from fedcompose_coordinator.methods import DEFAULT_METHOD, METHODS
 from fedcompose_coordinator.mixed import MixedQuestions
 from fedcompose_coordinator.names import OFF, ON
-from fedcompose_coordinator.questions import Domain, Questions
+from fedcompose_coordinator.questions import MIXED, Domain, Questions
 
 SCHEMA = "fedcompose/comparison/v1"
 CANDIDATES_FOLDER = "candidates"
@@ -71,7 +68,8 @@ class Wanted:
     @property
     def arguments(self) -> list[str]:
         """Of `fedcompose coordinator compose`."""
-        how = ["--attention-only"] if self.method == ATTENTION_ONLY else ["--method", self.method]
+        alone = self.method == ATTENTION_ONLY
+        how = ["--attention-only", "--method", DEFAULT_METHOD] if alone else ["--method", self.method]
         return [*how, "--seed", str(self.seed)]
 
 

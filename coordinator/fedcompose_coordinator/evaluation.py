@@ -19,19 +19,13 @@ from typing import Any
 from fedcompose.errors import ConfigError
 from fedcompose.files import dir_hash, dump_json, folder_digests, read_json, sha256_hex
 from fedcompose.intervals import Ingredients, Interval, accuracy, mean_interval, paired_difference, retention
-from fedcompose_coordinator.grid import (
-    Cell,
-    Method,
-    finished,
-    read_cell,
-)
+from fedcompose.release import ATTENTION_FOLDER, COMPOSITION_FILE
+from fedcompose_coordinator.grid import Cell, Method, finished, read_cell
 from fedcompose_coordinator.questions import Domain
 
 SCHEMA = "fedcompose/evaluation/v1"
-EVALUATION_FILE = "evaluation.json"
 CELLS_FOLDER = "evaluation"
-COMPOSITION_FILE = "composition.json"
-ATTENTION_FOLDER = "attention"
+TOLD = (COMPOSITION_FILE, "training.jsonl")  # what a candidate says about itself; no method acts by it
 BASELINES = ("base", "uniform", "random_router", "attention_only")  # besides `composed` and the experts
 
 
@@ -89,7 +83,7 @@ def router_digest(candidate: Path) -> str:
     files = {
         name: digest
         for name, digest in folder_digests(candidate).items()
-        if name == "router.safetensors" or name.startswith("merged/")
+        if name not in TOLD and not name.startswith(f"{ATTENTION_FOLDER}/")
     }
     return dir_hash({**files, "/composition": sha256_hex(dump_json(deciding))})
 

@@ -86,8 +86,8 @@ METHODS: Mapping[str, Method] = {
         RouterConfig(estimator="hard_selected"), source=f"{PAPER}, its code",
     ),
     "guided": Method(
-        "as hard, and the router is told whose lesson it reads", "trained", RouterConfig(), {"guidance": 1.0},
-        source="ours",
+        "one expert per token; every layer's router is also told whose lesson it reads", "trained",
+        RouterConfig(bias=True, **_PER_LAYER), {"guidance": 1.0, "router_lr": 0.1}, source="ours",
     ),
     "gumbel": Method(
         "one expert per token; training adds noise that cools down", "trained",

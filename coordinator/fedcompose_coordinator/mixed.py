@@ -2,12 +2,15 @@
 
 A router that chooses one expert for a whole prompt must give one of the two to a stranger; a router that chooses for
 each token need not. The two questions are held-out questions of their domains. Their answers are read by a parser of
-its own, in the order in which they stand: a domain's task would take the last one for the only one.
+its own, in the order in which they stand: a domain's task would take the last one for the only one. Experts that were
+only ever asked one question answer one; `mixed_lessons` joins what they taught, so that a composition can learn more.
 """
 
 from __future__ import annotations
 
+import random
 import re
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -15,11 +18,26 @@ from itertools import permutations
 from typing import Any
 
 from fedcompose.tasks import AnswerLine, Example, Task
-from fedcompose_coordinator.questions import Domain, Marks, Prompt
+from fedcompose_coordinator.lessons import Lesson
+from fedcompose_coordinator.questions import MIXED, Domain, Marks, Prompt
 
-NAME = "mixed"
 INSTRUCTION = "Answer both, each on a line that ends with 'Answer: X'."
 _MARK = re.compile(r"\banswer\s*(?P<number>[12]?)\W{0,3}:", re.IGNORECASE)
+
+
+def mixed_lessons(lessons: Sequence[Lesson], count: int, seed: int) -> list[Lesson]:
+    """`count` lessons, each made of two of different domains; of those that end in one answer line."""
+    rng, by_domain = random.Random(seed), defaultdict(list)
+    for lesson in lessons:
+        if len(_MARK.findall(lesson.completion)) == 1 and "\n" in lesson.prompt:
+            by_domain[lesson.domain].append(lesson)
+    orders = list(permutations(sorted(by_domain), 2))
+    found = []
+    for number in range(count if orders else 0):
+        one, other = (rng.choice(by_domain[domain]) for domain in orders[number % len(orders)])
+        questions = (each.prompt.rpartition("\n")[0] for each in (one, other))
+        found.append(Lesson(MIXED, mixed_prompt(*questions), f"{one.completion}\n{other.completion}"))
+    return found
 
 
 @dataclass(frozen=True)
@@ -31,7 +49,7 @@ class MixedQuestions:
 
     domains: tuple[Domain, ...]
     count: int
-    name: str = NAME
+    name: str = MIXED
 
     @cached_property
     def pairs(self) -> list[tuple[Domain, Example, Domain, Example]]:

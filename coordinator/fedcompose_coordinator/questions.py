@@ -8,12 +8,14 @@ the generators' fixed split.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Any, Protocol
 
 from fedcompose.tasks import Example, Task, generator_task, get_task, held_out
+
+MIXED = "two domains"  # the set, and the lessons, of prompts with two questions; no domain can be called so
 
 
 @dataclass(frozen=True)
@@ -24,7 +26,6 @@ class Prompt:
     site: str = ""
 
 
-Ask = Callable[[Sequence[Prompt]], list[str]]  # prompts → their completions, in order
 Marks = dict[str, list[int]]  # "correct", "answered" and what else a set marks → one 0 or 1 per prompt
 
 

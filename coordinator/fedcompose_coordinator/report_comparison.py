@@ -8,6 +8,7 @@ from typing import Any
 from fedcompose_coordinator.headline import Number, Place, Sentence, ends, look_up, what_is_sure
 from fedcompose_coordinator.markup import Markup, h
 from fedcompose_coordinator.names import compared, explained, title, variant
+from fedcompose_coordinator.questions import MIXED
 from fedcompose_coordinator.report_parts import (
     Report,
     difference_cell,
@@ -83,7 +84,7 @@ def mixed_prompts(report: Report, at: Place) -> Sentence:
     other: Place = (*at, "methods", "prompt")
     if look_up(report, me) is None or look_up(report, (*other, "mixed")) is None:
         return []
-    gap: Place = (*other, "first_minus", "sets", "mixed")
+    gap: Place = (*other, "first_minus", "sets", MIXED)
     return [
         "Of prompts with two questions of different domains it gets both right in ", Number(me),
         "; a classifier that chooses one expert per prompt in ", Number((*other, "mixed", "correct", "value")),

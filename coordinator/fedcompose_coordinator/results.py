@@ -7,6 +7,7 @@ from typing import Any
 
 from fedcompose_coordinator.headline import FORMS, Place, domain_names, look_up, verdict
 from fedcompose_coordinator.names import compared, title
+from fedcompose_coordinator.questions import MIXED
 
 BEGIN, END = "<!-- results: begin -->", "<!-- results: end -->"
 SIGNS = {"better": " ▲", "worse": " ▼", "undecided": ""}
@@ -41,7 +42,7 @@ def differences(comparison: Comparison) -> dict[str, Place]:
         f"{first} − it": ("first_minus", "mean"),
     }
     if comparison["settings"]["mixed"]:
-        found[f"{first} − it, both of two"] = ("first_minus", "sets", "mixed")
+        found[f"{first} − it, both of two"] = ("first_minus", "sets", MIXED)
     return found
 
 

@@ -77,4 +77,3 @@ class NoExpertRouter(StaticRouter):
 
     def __init__(self, experts: int) -> None:
         super().__init__([0.0] * experts)
-

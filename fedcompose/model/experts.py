@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -91,19 +91,15 @@ class PackedExperts(nn.Module):
         super().__init__()
         present = [update for update in updates if update is not None]
         like = linear.weight
-        place: dict[str, Any] = {"device": like.device}
-        place["dtype"] = torch.float32 if like.device.type == "cpu" and like.dtype == torch.bfloat16 else like.dtype
-        a = torch.cat([like.new_zeros(0, like.shape[1], dtype=torch.float32), *(update.a for update in present)])
-        b = [(update.scale * update.b.double()).T for update in present]  # rounded once, below
-        b = torch.cat([like.new_zeros(0, like.shape[0], dtype=torch.float64), *b])
+        dtype = torch.float32 if like.device.type == "cpu" and like.dtype == torch.bfloat16 else like.dtype
+        a = [torch.empty(0, like.shape[1]), *(update.a for update in present)]
+        b = [torch.empty(0, like.shape[0]), *((update.scale * update.b.double()).T for update in present)]
         self.ranks = [0 if update is None else len(update.a) for update in updates]
         self.offsets = [0, *accumulate(self.ranks)]
-        # 1 where a rank row (column) belongs to an expert (row): g of every row as a product, and its backward too.
-        members = torch.eye(len(updates)).repeat_interleave(torch.tensor(self.ranks, dtype=torch.long), dim=1)
         # Not persistent: a release carries the sites' own files, never a re-saved copy.
-        self.register_buffer("a", a.to(**place), persistent=False)
-        self.register_buffer("b", b.to(**place), persistent=False)
-        self.register_buffer("members", members.to(like.device), persistent=False)
+        self.register_buffer("a", torch.cat(a).to(like.device, dtype), persistent=False)
+        self.register_buffer("b", torch.cat(b).to(like.device, dtype), persistent=False)
+        self.register_buffer("members", _members(tuple(self.ranks), like.device), persistent=False)
 
     @cached_property
     def each(self) -> list[tuple[Tensor, Tensor]]:
@@ -113,7 +109,17 @@ class PackedExperts(nn.Module):
     def _apply(self, fn: Any, recurse: bool = True) -> PackedExperts:
         """The buffers become others, on another device or in another format; so must the views."""
         self.__dict__.pop("each", None)
-        return super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        return self
+
+
+@cache
+def _members(ranks: tuple[int, ...], device: torch.device) -> Tensor:
+    """(experts, ranks) float32, 1 where a rank row belongs to an expert; linears with the same ranks share it.
+
+    A product with it spreads the weights of experts over their rows; so its backward is a product too, not a scatter.
+    """
+    return torch.eye(len(ranks), device=device).repeat_interleave(torch.tensor(ranks, device=device), dim=1)
 
 
 class RoutedLinear(nn.Module):

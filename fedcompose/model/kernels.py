@@ -1,13 +1,13 @@
 """y = W x + Σ_e g_e s_e B_e A_e x, in the form that is fastest for a decision, a shape and a device.
 
-    plain       every expert for every token, weighted in the space of the ranks; any weights, any gradient. The form
-                that the others are tested against.
-    scattered   in use, where few weights are not 0: one product per expert, over the tokens that want it.
-    sorted      where each token has one expert at weight 1: tokens are put in the order of their experts once for a
-                whole gated MLP, so that an expert's tokens are neighbours and its product goes in place into the
-                base's. `Loop` multiplies expert by expert; `Grouped` all at once and without asking the device
-                anything, for GPUs. In training it is one autograd function, which keeps two activations of an MLP and
-                the rank rows, and makes the rest again.
+plain       every expert for every token, weighted in the space of the ranks; any weights, any gradient. The form
+            that the others are tested against.
+scattered   in use, where few weights are not 0: one product per expert, over the tokens that want it.
+sorted      where each token has one expert at weight 1: tokens are put in the order of their experts once for a
+            whole gated MLP, so that an expert's tokens are neighbours and its product goes in place into the
+            base's. `Loop` multiplies expert by expert; `Grouped` all at once and without asking the device
+            anything, for GPUs. In training it is one autograd function, which keeps two activations of an MLP and
+            the rank rows, and makes the rest again.
 """
 
 from __future__ import annotations
@@ -45,7 +45,9 @@ def routed_mlp(mlp: Any, x: Tensor, decision: RoutingDecision) -> Tensor | None:
         return None
     flat = x.reshape(-1, x.shape[-1])
     if learning(x, decision):
-        y: Tensor = SortedMLP.apply(flat, decision.weights.flatten(0, -2), mlp, by, decision)
+        y: Tensor = SortedMLP.apply(  # type: ignore[no-untyped-call]
+            flat, decision.weights.flatten(0, -2), mlp, by, decision
+        )
     else:
         y = sorted_mlp(flat, mlp, by)
     return y.view(x.shape)
@@ -68,7 +70,7 @@ def plain(experts: PackedExperts, x: Tensor, weights: Tensor) -> Tensor:
     """The weighted updates of x, (..., out)."""
     into, a, b = in_one_format(x.reshape(-1, x.shape[-1]), experts.a, experts.b)
     gates = weights.reshape(-1, weights.shape[-1]).to(into.dtype) @ experts.members.to(into.dtype)
-    return ((into @ a.T) * gates @ b).to(x.dtype).view(*x.shape[:-1], -1)
+    return ((into @ a.T) * gates @ b).to(x.dtype).view(*x.shape[:-1], b.shape[1])
 
 
 def in_one_format(x: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -128,7 +130,9 @@ class SortedMLP(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weights: Tensor, mlp: Any, by: Loop | Grouped, decision: RoutingDecision) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, weights: Tensor, mlp: Any, by: Loop | Grouped, decision: RoutingDecision
+    ) -> Tensor:
         def project(routed: RoutedLinear, x: Tensor) -> tuple[Tensor, Tensor]:
             experts = routed.experts
             ranks = by.shrink(x, experts.a, experts)
@@ -138,26 +142,28 @@ class SortedMLP(torch.autograd.Function):
         gate, gate_ranks = project(mlp.gate_proj, ordered)
         up, up_ranks = project(mlp.up_proj, ordered)
         y, down_ranks = project(mlp.down_proj, mlp.act_fn(gate) * up)
-        # Of a selected estimator the chosen expert is all that backward has to know; of a dense one, the input.
-        last = decision.choice.reshape(-1, 1) if decision.selected else x
+        # Who asks all experts needs the input again; who asks the chosen ones needs to know who they are.
+        ctx.selected = decision.selected or not ctx.needs_input_grad[1]
+        last = decision.choice.reshape(-1, 1) if ctx.selected else x
         ctx.save_for_backward(gate, up, gate_ranks, up_ranks, down_ranks, last)
-        ctx.mlp, ctx.by, ctx.selected, ctx.shape = mlp, by, decision.selected, weights.shape
+        ctx.mlp, ctx.by, ctx.shape = mlp, by, weights.shape
         return by.unsort(y)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         gate, up, gate_ranks, up_ranks, down_ranks, last = ctx.saved_tensors
-        mlp, by = ctx.mlp, ctx.by
-        asked = 0.0
+        mlp: Any = ctx.mlp
+        by: Loop | Grouped = ctx.by
+        asked: list[Tensor] = []
 
         def back(routed: RoutedLinear, dy: Tensor, ranks: Tensor, x: Tensor | None) -> Tensor:
             """dL/dx of one linear; what its experts' weights would have changed is added up in `asked`."""
-            nonlocal asked
             experts = routed.experts
             dranks = by.shrink(dy, experts.b, experts)
-            asked = asked + ((ranks * dranks).float().sum(-1) if x is None else every_expert(experts, x, dy))
-            return by.expand_(dy @ routed.linear.weight, dranks, experts.a, experts)
+            asked.append((ranks * dranks).float().sum(-1) if x is None else every_expert(experts, x, dy))
+            dx: Tensor = dy @ routed.linear.weight
+            return by.expand_(dx, dranks, experts.a, experts)
 
         with torch.enable_grad():
             gate = gate.detach().requires_grad_()
@@ -167,7 +173,7 @@ class SortedMLP(torch.autograd.Function):
         (dgate,) = torch.autograd.grad(activated, gate, dhidden * up)
         dx = back(mlp.gate_proj, dgate, gate_ranks, x)
         dx += back(mlp.up_proj, dhidden * activated.detach(), up_ranks, x)
-        dweights = by.unsort(asked)
+        dweights = by.unsort(torch.stack(asked).sum(0))
         if ctx.selected:
             dweights = dweights.new_zeros(ctx.shape).scatter_(1, last, dweights[:, None])
         return by.unsort(dx), dweights, None, None, None

@@ -105,7 +105,7 @@ def load_router(path: Path, config: RouterConfig, points: Sequence[Point], exper
 def parse_router(data: bytes, config: RouterConfig, points: Sequence[Point], experts: int) -> Router | PromptRouter:
     """The frozen router in a file that must hold exactly what its settings imply.
 
-    Raises: RefusedError: `ROUTER_INVALID` for missing, further or wrongly shaped tensors, or values that are not finite.
+    Raises: RefusedError: `ROUTER_INVALID` for missing, further or wrongly shaped tensors, or values not finite.
             ConfigError: `ROUTER_WIDTHS`.
     """
     router = _build(config, points, experts)

@@ -83,7 +83,6 @@ class OneExpert(RoutingDecision):
     """One expert for each token, not to be learned from. Weights are written out only if somebody asks for them."""
 
     hard = True
-    learned = False
 
     def __init__(self, choice: Tensor, among: int) -> None:
         self.choice = choice
@@ -93,8 +92,12 @@ class OneExpert(RoutingDecision):
     def experts(self) -> int:
         return self.among
 
+    @property
+    def learned(self) -> bool:
+        return False
+
     @cached_property
-    def weights(self) -> Tensor:
+    def weights(self) -> Tensor:  # type: ignore[override] # read like the attribute that it stands for
         return functional.one_hot(self.choice, self.among).float()
 
 
@@ -117,7 +120,9 @@ class RoutingRecord:
     @property
     def probabilities(self) -> list[Tensor]:
         """Of each call while training, (points, batch, seq, experts) float32 with their gradient."""
-        known = [[each.probabilities for each in call.values() if each.probabilities is not None] for call in self.calls]
+        known = [
+            [each.probabilities for each in call.values() if each.probabilities is not None] for call in self.calls
+        ]
         return [torch.stack(each) for each in known if each]
 
 

@@ -6,6 +6,7 @@ N counting the places that decide, or 0 alone where one serves them all; every o
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
 import torch
@@ -49,7 +50,8 @@ class VectorScorer(nn.Module):
     def forward(self, hidden_states: Tensor, point: int) -> Tensor:
         vectors = self.weights[point]
         scores = self.compare(hidden_states.float(), vectors)
-        return scores.masked_fill((vectors == 0).all(-1), -torch.inf)
+        masked: Tensor = scores.masked_fill((vectors == 0).all(-1), -torch.inf)
+        return masked
 
 
 class StaticScorer(nn.Module):
@@ -60,7 +62,8 @@ class StaticScorer(nn.Module):
         self.weights = nn.ParameterList([nn.Parameter(torch.full((experts,), 1 / experts), False)])
 
     def forward(self, hidden_states: Tensor, point: int) -> Tensor:
-        return self.weights[0].expand(*hidden_states.shape[:-1], -1)
+        weights: Tensor = self.weights[0]
+        return weights.expand(*hidden_states.shape[:-1], -1)
 
 
 def arrow(x: Tensor, vectors: Tensor) -> Tensor:
@@ -76,7 +79,8 @@ def centroid(x: Tensor, vectors: Tensor) -> Tensor:
 def phatgoose(x: Tensor, vectors: Tensor) -> Tensor:
     """Dot product of both standardised, over √width. Source: PHATGOOSE, arXiv 2402.05859."""
     width = x.shape[-1:]
-    return functional.layer_norm(x, width) @ functional.layer_norm(vectors, width).T / width[0] ** 0.5
+    scores: Tensor = functional.layer_norm(x, width) @ functional.layer_norm(vectors, width).T
+    return scores / math.sqrt(width[0])
 
 
 COMPARE: dict[str, Callable[[Tensor, Tensor], Tensor]] = {

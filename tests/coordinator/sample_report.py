@@ -19,7 +19,7 @@ from fedcompose_coordinator.comparison import summarise as compare
 from fedcompose_coordinator.evaluation import Plan, summarise
 from fedcompose_coordinator.grid import Cell, Method
 from fedcompose_coordinator.mixed import MixedQuestions
-from fedcompose_coordinator.questions import Domain
+from fedcompose_coordinator.questions import MIXED, Domain
 from fedcompose_coordinator.report import write_comparison, write_report
 
 SITES = {"clinic": "clock", "bank": "chain_sum", "archive": "logic"}
@@ -87,7 +87,7 @@ def write_compared(cell: Cell, folder: Path, name: str, column: int, seed: int) 
     single, both, own = COMPARED[name]
     hard, noise = random.Random(cell.questions.name), random.Random(f"{name} {cell.questions.name} {seed}")
     answers = [0.8 * hard.random() + 0.2 * noise.random() for _ in range(count)]
-    mixed = cell.questions.name == "mixed"
+    mixed = cell.questions.name == MIXED
     correct = [int(answer < (both if mixed else single)) for answer in answers]
     parts = {"first": [1] * count, "second": correct} if mixed else {}
     others = None if own is None else [round(1000 * (own if i == column else (1 - own) / 2)) for i in range(len(SITES))]

@@ -71,7 +71,7 @@ def test_methods_compose_other_architectures(
     name, base, experts = world
     router: dict[str, Any] = {}
     if name == "T5" and method not in ("lora-mixer", "arrow"):  # its cross attention reads two sequences
-        router = {"decides": "linear", "sharing": "model" if method in ("hard", "guided") else "module"}
+        router = {"decides": "linear", "sharing": "model" if method == "hard" else "module"}
 
     composition = compose(experts, LESSONS, base, recipe(method, SMALL, router), 0, tmp_path / "candidate")
 

@@ -17,6 +17,7 @@ from fedcompose_coordinator.comparison import Wanted, candidates, make_run, para
 from fedcompose_coordinator.evaluation import Parts
 from fedcompose_coordinator.grid import Method
 from fedcompose_coordinator.names import compared, title
+from fedcompose_coordinator.questions import MIXED
 from fedcompose_coordinator.results import BEGIN, END, markdown, replace_tables
 from tests.coordinator.sample_report import SEEDS, sample_asked, sample_comparison, sample_runs
 
@@ -52,7 +53,7 @@ def test_controls_are_always_composed_and_nothing_twice() -> None:
         (name, seed) for seed in (4, 5) for name in ("hard", "prompt", "attention_only")
     ]
     assert found[0].arguments == ["--method", "hard", "--seed", "4"]
-    assert found[2].arguments == ["--attention-only", "--seed", "4"]
+    assert found[2].arguments == ["--attention-only", "--method", "hard", "--seed", "4"]
 
 
 def test_an_unknown_method_is_refused() -> None:
@@ -108,7 +109,7 @@ def test_differences_are_between_the_same_things(comparison: dict[str, Any]) -> 
     methods = comparison["methods"]
     gap = methods["soft"]["first_minus"]["mean"]["value"]
     assert gap == pytest.approx(methods["hard"]["accuracy_mean"]["value"] - methods["soft"]["accuracy_mean"]["value"])
-    gap = methods["prompt"]["minus"]["oracle"]["sets"]["mixed"]["value"]
+    gap = methods["prompt"]["minus"]["oracle"]["sets"][MIXED]["value"]
     wanted = methods["prompt"]["mixed"]["correct"]["value"] - methods["oracle"]["mixed"]["correct"]["value"]
     assert gap == pytest.approx(wanted)
     assert methods["hard"]["first_minus"] is None and "base" not in methods["base"]["minus"]

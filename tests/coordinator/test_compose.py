@@ -105,19 +105,23 @@ class _PowerCut(BaseException):
     pass
 
 
+@pytest.mark.parametrize("method", ["hard", "gumbel", "remix"])
 def test_a_run_that_was_cut_off_continues_to_the_same_digests(
-    base: Base, contributions: Sequence[VerifiedContribution], lessons: list[Lesson], tmp_path: Path
+    method: str, base: Base, contributions: Sequence[VerifiedContribution], lessons: list[Lesson], tmp_path: Path
 ) -> None:
+    router = {"top_k": 1} if method == "remix" else None  # two of two would be no choice
+    wanted = recipe(method, {"steps": 6, "batch": 4, "checkpoint_every": 2, "selections": 2}, router)
+
     def cut(done: int, steps: int, note: str) -> None:
         if done == 5:
             raise _PowerCut
 
-    compose(contributions, lessons, base, QUICK, 0, tmp_path / "whole")
+    compose(contributions, lessons, base, wanted, 0, tmp_path / "whole")
     with pytest.raises(_PowerCut):
-        compose(contributions, lessons, base, QUICK, 0, tmp_path / "cut", on_step=cut)
+        compose(contributions, lessons, base, wanted, 0, tmp_path / "cut", on_step=cut)
     assert not (tmp_path / "cut").exists()
     steps: list[int] = []
-    compose(contributions, lessons, base, QUICK, 0, tmp_path / "cut", on_step=lambda done, *_: steps.append(done))
+    compose(contributions, lessons, base, wanted, 0, tmp_path / "cut", on_step=lambda done, *_: steps.append(done))
 
     whole, again = (folder_digests(tmp_path / name) for name in ("whole", "cut"))
     assert steps == [5, 6]

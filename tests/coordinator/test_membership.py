@@ -64,7 +64,7 @@ def test_without_a_removed_site_the_candidate_is_as_if_it_had_never_been_there(
 
 
 def test_a_candidate_knows_the_recipe_it_was_made_by(three: FederationSim, tmp_path: Path) -> None:
-    for method, router in (("guided", {"sharing": "layer"}), ("lora-mixer", None), ("centroid", None)):
+    for method, router in (("guided", {"sharing": "model"}), ("lora-mixer", None), ("centroid", None)):
         wanted = recipe(method, SMALL if method != "centroid" else None, router)
         lessons = [Lesson(domain, "hi", "ho") for domain in THREE.values()]
         compose(three.admitted(), lessons, three.base, wanted, 3, tmp_path / method)

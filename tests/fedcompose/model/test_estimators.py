@@ -84,7 +84,10 @@ def test_a_lower_temperature_sharpens_the_gumbel_gradient_only() -> None:
         torch.manual_seed(3)
         noisy = scores.detach() - torch.empty_like(scores.detach()).exponential_().log()
         p = (noisy / tau).softmax(-1)
-        by_hand = torch.einsum("te,tei,te->ti", p, torch.eye(4).double() - p[:, None, :], torch.ones(7, 4).cumsum(1).double()) / tau
+        by_hand = (
+            torch.einsum("te,tei,te->ti", p, torch.eye(4).double() - p[:, None, :], torch.ones(7, 4).cumsum(1).double())
+            / tau
+        )
         torch.manual_seed(3)
         scores.grad = None
         (Gumbel(tau)(scores).weights * torch.ones(7, 4).cumsum(1)).sum().backward()

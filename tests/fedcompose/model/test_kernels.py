@@ -86,7 +86,9 @@ def test_the_plain_form_is_the_sum_over_experts_for_any_weights(ranks: Ranks) ->
 @pytest.mark.parametrize("ranks", [EQUAL, MIXED])
 @pytest.mark.parametrize("estimate", [hard, TopK(2), TopK(1), _nobody, _all_to_one])
 @torch.no_grad()
-def test_a_linear_in_use_says_what_the_plain_form_says(shape: tuple[int, ...], ranks: Ranks, estimate: Estimator) -> None:
+def test_a_linear_in_use_says_what_the_plain_form_says(
+    shape: tuple[int, ...], ranks: Ranks, estimate: Estimator
+) -> None:
     linear = nn.Linear(HIDDEN, WIDE)
     packed, x, decision = PackedExperts(_updates(ranks, HIDDEN, WIDE), linear), _x(*shape), estimate(_scores(*shape))
 
@@ -122,7 +124,9 @@ def test_a_sorted_mlp_in_use_says_what_the_plain_form_says(
 @pytest.mark.parametrize(("ranks", "by"), [(EQUAL, Loop), (MIXED, Loop), (EQUAL, Grouped)])
 @pytest.mark.parametrize("estimate", [hard, hard_selected, _all_to_one])
 @pytest.mark.parametrize("act", ["silu", "gelu_pytorch_tanh"])
-def test_the_function_has_the_gradients_of_the_plain_form(ranks: Ranks, by: Sorter, estimate: Estimator, act: str) -> None:
+def test_the_function_has_the_gradients_of_the_plain_form(
+    ranks: Ranks, by: Sorter, estimate: Estimator, act: str
+) -> None:
     mlp, upstream = _mlp(ranks, act), torch.randn(40, HIDDEN, generator=torch.Generator().manual_seed(3))
     found = []
     for form in (
@@ -158,7 +162,7 @@ def test_selected_is_the_gradient_of_a_loop_over_masked_experts() -> None:
     torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-4, atol=1e-5)
 
 
-def test_training_keeps_two_activations_and_the_rank_rows() -> None:
+def test_training_keeps_two_activations_the_rank_rows_and_the_choice() -> None:
     mlp, kept = _mlp(EQUAL), set()
     x, scores = _x(40).requires_grad_(), _scores(40).requires_grad_()
 
@@ -170,7 +174,7 @@ def test_training_keeps_two_activations_and_the_rank_rows() -> None:
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         routed_mlp(mlp, x, decision)
 
-    assert sorted(shape for _, shape in kept) == [(40, 8)] * 3 + [(40, WIDE)] * 2
+    assert sorted(shape for _, shape in kept) == [(40, 1)] + [(40, 8)] * 3 + [(40, WIDE)] * 2
 
 
 def test_nothing_frozen_gets_a_gradient_and_an_input_may_want_none() -> None:

@@ -166,6 +166,24 @@ def test_padding_and_other_rows_change_nothing(
     torch.testing.assert_close(right[:, : alone.shape[1]], alone, rtol=1e-4, atol=1e-4)
 
 
+@each_case
+def test_every_point_of_a_router_learns(folders: Any, name: str, targets: tuple[str, ...], decides: Decides) -> None:
+    model = _composed(name, folders(name, targets), decides)
+    for weight in model.router.scorer.weights:
+        weight.data /= 50  # as large as untrained, or a softmax so steep has no gradient
+        weight.requires_grad_()
+    more = {"decoder_input_ids": _ids()[:, :5]} if model.config.is_encoder_decoder else {}
+
+    model(_ids(), **more).logits.square().mean().backward()
+
+    silent = [
+        point.name
+        for point, weight in zip(model.routing.points, model.router.scorer.weights, strict=True)
+        if weight.grad is None or not 1e-9 < weight.grad.norm() < 1e9
+    ]
+    assert not silent
+
+
 def test_left_padding_changes_nothing_either(folders: Any) -> None:
     for name in ("Llama", "Mamba"):
         model, ids, pad = _composed(name, folders(name, TARGETS[name]), "block"), _ids(), torch.zeros(2, 4).long()
