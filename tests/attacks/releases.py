@@ -257,7 +257,17 @@ RELEASES: Cases = {
     "base-twice": (ingredients(lambda d: d.append(d[0])), "PROVENANCE_INVALID"),
     "composition-of-another-base": (composition(lambda c: c["base"].update(dirHash="0" * 64)), "COMPOSITION_MISMATCH"),
     "composition-unknown-field": (composition(lambda c: c.update(trust_remote_code=True)), "COMPOSITION_INVALID"),
-    "composition-other-method": (composition(lambda c: c.update(method="magic")), "COMPOSITION_INVALID"),
+    "composition-other-method": (composition(lambda c: c.update(method="magic")), "COMPOSITION_MISMATCH"),
+    "composition-unknown-router": (composition(lambda c: c["router"].update(scorer="magic")), "COMPOSITION_INVALID"),
+    "composition-senseless-router": (
+        composition(lambda c: c["router"].update(estimator="top_k")),
+        "COMPOSITION_INVALID",
+    ),
+    "composition-no-router": (composition(lambda c: c.update(router=None)), "COMPOSITION_INVALID"),
+    "composition-masked-and-there": (
+        composition(lambda c: c.update(masked=[c["experts"][0]["site"]])),
+        "COMPOSITION_EXPERTS",
+    ),
     "composition-no-attention": (composition(lambda c: c.update(attention=None)), "COMPOSITION_MISMATCH"),
     "composition-other-attention": (composition(lambda c: c["attention"].update(r=8)), "COMPOSITION_MISMATCH"),
     "composition-no-object": (with_signed_file("composition.json", b"[]"), "COMPOSITION_INVALID"),

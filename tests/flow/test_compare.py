@@ -9,10 +9,10 @@ import pytest
 from typer.testing import CliRunner
 
 from fedcompose.cli import app
-from fedcompose.federation import trusted_federation
 from fedcompose.files import write_atomic
 from fedcompose.tasks import generator_task, get_task, training
 from fedcompose.traces import Trace, encode
+from fedcompose.trust_state import trusted_federation
 from tests.federation_sim import FederationSim
 
 GENERATORS = {"site-a": "clock", "site-b": "logic"}
