@@ -289,16 +289,16 @@ def _release_claims() -> ReleaseProvenance:
     )
     shared = _claims().model_dump(include={"federation", "federation_version", "subjects", "invocation", "versions"})
     return ReleaseProvenance(
-        **shared, base=_claims().base, finished=NOW, coordinator="hub", method="hard_top1_ste", ingredients=(entry,)
+        **shared, base=_claims().base, finished=NOW, coordinator="hub", method="hard", ingredients=(entry,)
     )
 
 
 def _composition() -> dict[str, Any]:
     return {
         "schema": "fedcompose/composition/v1",
-        "method": "hard_top1_ste",
+        "method": "hard",
         "base": {"name": "tiny", "dirHash": "1" * 64},
-        "router": {"type": "linear", "granularity": "token", "shared": True, "input": "mlp", "top_k": 1},
+        "router": {"scorer": "linear", "estimator": "top_k", "top_k": 2, "normalise": True},
         "experts": [{"site": "a", "domain": "clock", "dirHash": "4" * 64}],
         "targets": ["up_proj"],
         "attention": {"r": 4, "alpha": 8},
