@@ -18,6 +18,14 @@ def configured(**changes: Any) -> Mutation:
     return mutate
 
 
+def without(key: str) -> Mutation:
+    def mutate(attack: Contribution) -> None:
+        attack.edit(CONFIG, lambda config: config.pop(key) and None)
+        attack.sign()
+
+    return mutate
+
+
 def text(old: bytes, new: bytes) -> Mutation:
     def mutate(attack: Contribution) -> None:
         attack.rewrite(CONFIG, lambda data: data.replace(old, new, 1))
@@ -36,6 +44,7 @@ CONFIGURATION: Cases = {
     "peft-type-xlora": (configured(peft_type="XLORA"), OFF),
     "peft-type-shadow": (configured(peft_type="SHADOW", shadow_model="evil/model"), OFF),
     "peft-type-prompt": (configured(peft_type="PROMPT_TUNING", tokenizer_name_or_path="evil/tokenizer"), OFF),
+    "peft-type-absent": (without("peft_type"), OFF),
     "peft-type-list": (configured(peft_type=["LORA"]), OFF),
     "peft-unknown-key": (configured(brand_new_switch=None), OFF),
     "peft-runtime-config": (configured(runtime_config={}), OFF),

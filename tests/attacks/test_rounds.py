@@ -258,18 +258,15 @@ class Rounds(RuleBasedStateMachine):
 
     def enrol_anew(self, site: str) -> None:
         """A site that lost its last key comes with a new one."""
-        if any(key.keyid not in self.revoked for key in self.keys[site]):
+        if any(self.counts(key.keyid, self.now) for key in self.keys[site]):
             return
         there = self.sim.sites[site]
         made = new_key(there.folder / f"keys-{len(self.keys[site])}", site, "site", there.domain, None)
-        for key in self.keys[site]:  # what the list alone withdrew must not count in the file either
-            if self.revoked[key.keyid] > self.now:
-                return
         request = read_enrolment(made.enrolment.read_bytes())
 
         def change(document: dict[str, Any]) -> None:
             listed = next(each for each in document["sites"] if each["id"] == site)
-            for key in listed["keys"]:
+            for key in listed["keys"]:  # what the list alone withdrew is withdrawn in the file as well
                 if key["revoked"] is None:
                     key["revoked"] = {"at": format_time(self.revoked[key["keyid"]]), "reason": "compromised"}
             add_member(document, request, self.now)
