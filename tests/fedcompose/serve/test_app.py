@@ -20,8 +20,8 @@ from fastapi.testclient import TestClient
 from openai import OpenAI
 
 from fedcompose.model.composed import load_release
-from fedcompose.model.lm import load_base
 from fedcompose.model.controls import FixedRouter
+from fedcompose.model.lm import load_base
 from fedcompose.release import VerifiedRelease
 from fedcompose.serve.app import create_app
 from fedcompose.serve.engine import Engine, Settings
