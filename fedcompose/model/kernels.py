@@ -157,12 +157,12 @@ class SortedMLP(torch.autograd.Function):
         by: Loop | Grouped = ctx.by
         asked: list[Tensor] = []
 
-        def back(routed: RoutedLinear, dy: Tensor, ranks: Tensor, x: Tensor | None) -> Tensor:
-            """dL/dx of one linear; what its experts' weights would have changed is added up in `asked`."""
+        def back(routed: RoutedLinear, dy: Tensor, ranks: Tensor, x: Tensor | None, dx: Tensor | None = None) -> Tensor:
+            """dL/dx of one linear, added to `dx`; `asked` hears what its experts' weights would have changed."""
             experts = routed.experts
             dranks = by.shrink(dy, experts.b, experts)
             asked.append((ranks * dranks).float().sum(-1) if x is None else every_expert(experts, x, dy))
-            dx: Tensor = dy @ routed.linear.weight
+            dx = dy @ routed.linear.weight if dx is None else dx.addmm_(dy, routed.linear.weight)
             return by.expand_(dx, dranks, experts.a, experts)
 
         with torch.enable_grad():
@@ -172,7 +172,7 @@ class SortedMLP(torch.autograd.Function):
         dhidden = back(mlp.down_proj, by.sort(dy), down_ranks, hidden)
         (dgate,) = torch.autograd.grad(activated, gate, dhidden * up)
         dx = back(mlp.gate_proj, dgate, gate_ranks, x)
-        dx += back(mlp.up_proj, dhidden * activated.detach(), up_ranks, x)
+        dx = back(mlp.up_proj, dhidden * activated.detach(), up_ranks, x, dx)
         dweights = by.unsort(torch.stack(asked).sum(0))
         if ctx.selected:
             dweights = dweights.new_zeros(ctx.shape).scatter_(1, last, dweights[:, None])
@@ -200,7 +200,7 @@ class Loop:
         self.tokens, self.parts = decision.segments.tokens, decision.segments.parts
 
     def sort(self, x: Tensor) -> Tensor:
-        return x if self.tokens is None else x[self.tokens]
+        return x if self.tokens is None else x.index_select(0, self.tokens)
 
     def unsort(self, y: Tensor) -> Tensor:
         return y if self.tokens is None else torch.empty_like(y).index_copy_(0, self.tokens, y)
@@ -245,7 +245,7 @@ class Grouped:
         self.ends = tokens.sum(0).cumsum(0).to(torch.int32)  # where each expert's tokens end
 
     def sort(self, x: Tensor) -> Tensor:
-        return x[self.tokens]
+        return x.index_select(0, self.tokens)
 
     def unsort(self, y: Tensor) -> Tensor:
         return torch.empty_like(y).index_copy_(0, self.tokens, y)
