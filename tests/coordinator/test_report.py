@@ -173,7 +173,7 @@ def test_the_reach_of_an_expert_is_told_as_it_was_found(
     assert said in text and "478 of 480 next tokens" in text and ("in 6 of them" in text) == bool(same)
 
 
-def test_text_of_sites_cannot_become_markup(evaluation: dict[str, Any]) -> None:
+def test_text_of_sites_cannot_become_markup(evaluation: dict[str, Any], comparison: dict[str, Any]) -> None:
     training = {HOSTILE: poison(sample_training()["bank"])}
     sizes = {"sites": {HOSTILE: {"adapter": 1, "traces": 2}}, "release": {HOSTILE: 3}}
     hostile = copy.deepcopy(evaluation)
@@ -184,7 +184,8 @@ def test_text_of_sites_cannot_become_markup(evaluation: dict[str, Any]) -> None:
     for table in ("majority", "retention", "retention_interval"):
         hostile[table][HOSTILE] = hostile[table].pop("clock")
     hostile["routing"]["share"][HOSTILE] = hostile["routing"]["share"].pop("clock")
-    text = page(build_report(hostile, training, sizes, poison(sample_provenance())))
+    compared = {**comparison, "methods": {**comparison["methods"], f"expert:{HOSTILE}": comparison["methods"]["base"]}}
+    text = page(build_report(hostile, training, sizes, poison(sample_provenance()), compared))
     parsed = Page(text)
     assert {"script", "img"}.isdisjoint(tag for tag, _ in parsed.elements)
     assert not any(name.startswith("on") for _, attributes in parsed.elements for name in attributes)
