@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -26,7 +25,7 @@ def test_only_an_expert_without_traces_and_with_a_declared_generator_is_sampled(
     monkeypatch.setattr(sampled, "lessons_of", lambda admitted: [Lesson("alpha", "shipped", "A")])
     monkeypatch.setattr(sampled, "sample_lessons", sample)
     domains = {each.domain: DeclaredDomain(site=each.site, generator="gcd") for each in contributions}
-    config = CoordinatorConfig(id="hub", base="tiny", key=Path("key"), domains=domains)
+    config = CoordinatorConfig(id="hub", base="tiny", key="key", domains=domains)
     told: list[tuple[str, int]] = []
 
     found = sampled.all_lessons(config, config.compose, contributions, base, lambda *each: told.append(each))
@@ -41,7 +40,7 @@ def test_a_sampled_lesson_was_checked_and_comes_from_the_expert(
     contributions: list[VerifiedContribution], base: Base
 ) -> None:
     """An expert that writes one letter for ever answers nothing, so nothing is learned from it."""
-    config = CoordinatorConfig(id="hub", base="tiny", key=Path("key"))
+    config = CoordinatorConfig(id="hub", base="tiny", key="key")
     wanted = config.compose.model_copy(update={"sampled_prompts": 4})
     domain = DeclaredDomain(site="site-alpha", generator="gcd")
     told: list[int] = []
