@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from fedcompose.errors import RefusedError
-from fedcompose.folder import copy_file, hash_file, list_files, open_hashed
+from fedcompose.folder import check_names, copy_file, hash_file, list_files, open_hashed, read_file
 
 DATA = bytes(range(256)) * 4000
 
@@ -33,7 +33,11 @@ def test_all_ways_of_reading_give_one_digest_and_one_limit(tmp_path: Path) -> No
     assert hash_file(tmp_path, "file", len(DATA)) == expected
     assert copy_file(tmp_path, "file", len(DATA), tmp_path / "copy") == expected
     assert (tmp_path / "copy").read_bytes() == DATA
+    assert read_file(tmp_path, "file", len(DATA)) == DATA
+    check_names({"file": 9}, {"file": 9}, {})
     for action in (
+        lambda: check_names({"file": 10}, {"file": 9}, {}),  # before anything is read
+        lambda: read_file(tmp_path, "file", len(DATA) - 1),
         lambda: hash_file(tmp_path, "file", len(DATA) - 1),
         lambda: copy_file(tmp_path, "file", len(DATA) - 1, tmp_path / "large"),
     ):
