@@ -31,7 +31,7 @@ CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 
 MAX_WEIGHTS_BYTES = 2 << 30  # a rank-64 adapter on every projection of a 70B base stays below
-MAX_HEADER_BYTES = MAX_JSON_BYTES
+MAX_HEADER_BYTES = 1 << 20
 MAX_TENSORS = 4096
 MAX_RANK = 512
 MAX_SCALE = 64.0  # alpha/r; practice is 0.5 to 4

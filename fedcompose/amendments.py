@@ -42,9 +42,11 @@ def add_member(
                 "fedcompose federation revoke first",
             )
         known["keys"].append(key)
+        if enrolment.node_key is not None:
+            known["node_key"] = enrolment.node_key
     elif enrolment.role == "site":
         site = {"id": enrolment.id, "domain": enrolment.domain, "status": "active", "may": ["adapter", "traces"]}
-        document["sites"].append(site | {"keys": [key]})
+        document["sites"].append(site | {"keys": [key], "node_key": enrolment.node_key})
     else:
         document["coordinators"].append({"id": enrolment.id, "keys": [key]})
 
@@ -53,7 +55,7 @@ def replace_key(document: dict[str, Any], envelope: bytes, now: datetime, overla
     """Take over the new key of an enrolment that the old key signed as well.
 
     A member's old key counts until `overlap` has passed, and is then revoked as rotated. A root's is replaced at once:
-    both sign this version.
+    both sign this version. So is a site's node key, if the enrolment has one: it signs nothing that should last.
 
     Raises: RefusedError: `ENVELOPE_KEY` when one of the two did not sign. ConfigError: `ENROLMENT_REPLACES`.
     """
@@ -85,6 +87,8 @@ def replace_key(document: dict[str, Any], envelope: bytes, now: datetime, overla
         )
     _revoke(old, Revocation(at=now + overlap, reason="rotated"))
     listed.append(_key_entry(enrolment, now, KEY_VALIDITY))
+    if member is not None and enrolment.node_key is not None:
+        member["node_key"] = enrolment.node_key
 
 
 def revoke_keys(document: dict[str, Any], keyids: Iterable[str], revocation: Revocation) -> None:

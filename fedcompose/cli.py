@@ -19,10 +19,11 @@ import fedcompose
 from fedcompose.console import err, out, print_json
 from fedcompose.errors import ConfigError, FedcomposeError, MissingError
 from fedcompose.explanations import EXPLANATIONS
+from fedcompose.supervision import follow_parent
 
 DEBUG = "FEDCOMPOSE_DEBUG"
 ROLES = ("client", "coordinator")
-COMMANDS = ("base", "keys", "federation", "verify", "serve", "chat", "demo")
+COMMANDS = ("base", "keys", "federation", "verify", "serve", "chat", "demo", "doctor")
 
 # Waiting OpenMP threads must not spin: several processes share the cores (three sites on one laptop, a server beside a
 # trainer). It has to be set before torch is imported. Nothing is ever looked up on a hub at run time.
@@ -108,6 +109,7 @@ def main(arguments: list[str] | None = None) -> None:
 
     0 done, 1 refused, 2 usage or configuration, 3 environment.
     """
+    follow_parent()
     arguments = sys.argv[1:] if arguments is None else arguments
     try:
         status = app(args=arguments, standalone_mode=False, prog_name="fedcompose")

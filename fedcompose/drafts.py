@@ -38,7 +38,7 @@ from fedcompose.federation import (
 )
 from fedcompose.files import dump_json
 from fedcompose.keys import Enrolment, read_enrolment
-from fedcompose.signing import Signer, countersign_envelope, sign_envelope
+from fedcompose.signing import Signer, countersign_envelope, keyid_of, sign_envelope
 
 FILE_VALIDITY = timedelta(days=90)
 
@@ -253,6 +253,8 @@ def _facts(federation: Federation) -> dict[str, str]:
     for site in federation.sites:
         may = " and ".join(site.may) or "nothing"
         facts[f"site {site.id}"] = f"domain {site.domain}, may send {may}, {site.status}"
+        if site.node_key is not None:
+            facts[f"connection of site {site.id}"] = f"node key {keyid_of(site.node_key.encode())}"
     members: list[Coordinator | Site] = [*federation.coordinators, *federation.sites]
     owners = holders(federation)
     for key in (key for member in members for key in member.keys):

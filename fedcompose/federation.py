@@ -16,7 +16,7 @@ short way to withdraw trust.
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
@@ -35,7 +35,7 @@ from pydantic import (
 
 from fedcompose.errors import RefusedError
 from fedcompose.files import parse_json, sha256_hex
-from fedcompose.keys import Identifier, public_key_bytes
+from fedcompose.keys import Identifier, NodeKey, public_key_bytes
 from fedcompose.signing import keyid_of, read_envelope_unverified, verify_envelope
 
 if TYPE_CHECKING:
@@ -127,6 +127,7 @@ class Site(Document):
     status: Literal["active", "suspended"]
     may: Annotated[tuple[Literal["adapter", "traces"], ...], Field(strict=False)]
     keys: Keys
+    node_key: NodeKey | None = None  # by which the coordinator knows the site's connection; it signs nothing
 
 
 class BaseModelEntry(Document):
@@ -163,6 +164,7 @@ class Federation(Document):
     def _check(self) -> Federation:
         members: list[Coordinator | Site] = [*self.coordinators, *self.sites]
         keys = [key for member in members for key in member.keys]
+        holding: list[Root | Key] = [*self.roots, *keys]
         if self.threshold > len(self.roots):
             raise ValueError("the threshold is larger than the number of roots")
         if self.expires <= self.issued or any(key.not_after <= key.not_before for key in keys):
@@ -172,7 +174,9 @@ class Federation(Document):
         _check_unique("site", [site.id for site in self.sites])
         _check_unique("coordinator", [coordinator.id for coordinator in self.coordinators])
         _check_unique("base", [base.name for base in self.base_models])
-        _check_keys([*self.roots, *keys])
+        _check_keys(holding)
+        nodes = [keyid for keyid, _ in _node_keys(self.sites)]
+        _check_unique("public key", [*(key.keyid for key in holding), *nodes])
         return self
 
     def site(self, site_id: str) -> Site:
@@ -446,7 +450,13 @@ def holders(federation: Federation) -> dict[str, str]:
     """Who holds each key, as `site site-a`, by fingerprint."""
     found = {root.keyid: "root" for root in federation.roots}
     found |= {key.keyid: f"coordinator {each.id}" for each in federation.coordinators for key in each.keys}
+    found |= {keyid: f"site {site}" for keyid, site in _node_keys(federation.sites)}
     return found | {key.keyid: f"site {each.id}" for each in federation.sites for key in each.keys}
+
+
+def _node_keys(sites: Iterable[Site]) -> list[tuple[str, str]]:
+    """The fingerprint of every node key, and whose it is."""
+    return [(keyid_of(site.node_key.encode()), site.id) for site in sites if site.node_key is not None]
 
 
 # --- checks ---------------------------------------------------------------------------------------
@@ -517,7 +527,6 @@ def _check_unique(what: str, names: Sequence[str]) -> None:
 
 
 def _check_keys(keys: Sequence[Root | Key]) -> None:
-    _check_unique("public key", [key.keyid for key in keys])
     if any(keyid_of(public_key_bytes(key.public_key)) != key.keyid for key in keys):
         raise ValueError("a fingerprint is not that of its key")
 

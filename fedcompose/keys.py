@@ -1,7 +1,8 @@
 """Make, protect and load a signing key: P-256, in a file that OpenSSL opens too.
 
 Input: an identity (`site-a`, a site) and a passphrase. Output: three files, `site-a.key` (private, stays
-here), `site-a.pub` and `site-a.enroll.json` (both to be handed to whoever keeps the federation file). The
+here), `site-a.pub` and `site-a.enroll.json` (both to be handed to whoever keeps the federation file). A site also gets
+`site-a.node.key`, by which its connection to the coordinator is known and nothing is signed. The
 enrolment is signed with the new key, which proves that whoever asks to be enrolled holds it; one that takes over from
 an older key is signed with that key as well. For a key that another program holds (`signers.py`) there are the last
 two files only.
@@ -30,7 +31,7 @@ from cryptography.hazmat.primitives import padding, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 from cryptography.hazmat.primitives.kdf.scrypt import Scrypt
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from fedcompose.errors import ConfigError, RefusedError
 from fedcompose.files import disk_errors, dump_json, parse_json, write_atomic
@@ -61,6 +62,21 @@ Keyid = Annotated[str, Field(pattern=r"^[0-9a-f]{64}\z")]
 Identifier = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]{0,62}\z")]
 
 
+def _transport_key(text: str) -> str:
+    """A public key on P-384, which Flower takes, and which the signing keys that we make are not on."""
+    try:
+        curve = load_public_key(text.encode("ascii", "replace")).curve.name
+    except RefusedError as error:
+        raise ValueError(error.what) from error
+    if curve != "secp384r1":
+        raise ValueError("a node key is on P-384")
+    return text
+
+
+# The public key of a site's connection, in PEM form.
+NodeKey = Annotated[str, AfterValidator(_transport_key)]
+
+
 class Enrolment(BaseModel):
     """What a new key asks for: to be known as `id`, in this role."""
 
@@ -71,12 +87,15 @@ class Enrolment(BaseModel):
     role: Role
     domain: Identifier | None = None
     public_key: str
+    node_key: NodeKey | None = None  # of a site's connection; it signs nothing
     replaces: Keyid | None = None  # the key that this one takes over from; its holder signed the enrolment too
 
     @model_validator(mode="after")
     def _only_sites_have_a_domain(self) -> Enrolment:
         if (self.domain is not None) != (self.role == "site"):
             raise ValueError("a site has a domain, and nobody else has one")
+        if self.node_key is not None and self.role != "site":
+            raise ValueError("only a site has a node key")
         return self
 
 
@@ -102,6 +121,7 @@ class NewKey:
     private: Path
     public: Path
     enrolment: Path
+    node: Path | None  # the private key of a site's connection
 
 
 def new_key(
@@ -114,20 +134,21 @@ def new_key(
     Raises: ConfigError: `KEY_NAME`, `KEY_EXISTS` (a key is never overwritten), `KEY_FOLDER_OPEN`.
     """
     key = ec.generate_private_key(ec.SECP256R1())
-    signer = _signer(key)
-    request = _new_enrolment(holder, role, domain, signer, old)
-    private, public, enrolment = _unused(folder, holder, numbered=old is not None)
+    signer, node_key = _signer(key), _new_node_key(role)
+    request = _new_enrolment(holder, role, domain, signer, node_key, old)
+    private, node, public, enrolment = _unused(folder, holder, numbered=old is not None)
     _private_folder(folder)
-    with disk_errors(folder):
-        _write_private(private, _private_pem(key, passphrase))
     try:
+        with disk_errors(folder):
+            _write_private(private, _private_pem(key, passphrase))
+            _write_node_key(node, node_key)
         write_atomic(public, signer.public_pem)
         write_atomic(enrolment, request)
     except BaseException:  # nobody has seen this key yet, and half of it is of no use
-        for path in (private, public):
+        for path in (private, node, public):
             path.unlink(missing_ok=True)
         raise
-    return NewKey(signer.keyid, private, public, enrolment)
+    return NewKey(signer.keyid, private, public, enrolment, node if node_key else None)
 
 
 def adopt_key(
@@ -135,24 +156,31 @@ def adopt_key(
 ) -> tuple[Path, Path]:
     """Write the public file and the enrolment of a key that exists already, say in a hardware module.
 
+    A site's node key is made all the same: it only opens the connection.
+
     Raises: ConfigError: `KEY_NAME`, `KEY_EXISTS`, `KEY_FOLDER_OPEN`.
     """
-    request = _new_enrolment(holder, role, domain, signer, old)
-    _, public, enrolment = _unused(folder, holder, numbered=old is not None)
+    node_key = _new_node_key(role)
+    request = _new_enrolment(holder, role, domain, signer, node_key, old)
+    _, node, public, enrolment = _unused(folder, holder, numbered=old is not None)
     _private_folder(folder)
+    with disk_errors(folder):
+        _write_node_key(node, node_key)
     write_atomic(public, signer.public_pem)
     write_atomic(enrolment, request)
     return public, enrolment
 
 
-def _unused(folder: Path, holder: str, *, numbered: bool) -> tuple[Path, Path, Path]:
-    """The names of a key's three files; `numbered` ones beside older keys: -2, -3 and so on."""
+def _unused(folder: Path, holder: str, *, numbered: bool) -> tuple[Path, Path, Path, Path]:
+    """The names of a key's files; `numbered` ones beside older keys: -2, -3 and so on."""
     for number in count(2):
         stem = f"{holder}-{number}" if numbered else holder
-        private, public, enrolment = (folder / f"{stem}.{ending}" for ending in ("key", "pub", "enroll.json"))
-        taken = [path for path in (private, public, enrolment) if os.path.lexists(path)]
+        private, node, public, enrolment = (
+            folder / f"{stem}.{ending}" for ending in ("key", "node.key", "pub", "enroll.json")
+        )
+        taken = [path for path in (private, node, public, enrolment) if os.path.lexists(path)]
         if not taken:
-            return private, public, enrolment
+            return private, node, public, enrolment
         if not numbered:
             raise ConfigError(
                 "KEY_EXISTS",
@@ -202,9 +230,21 @@ def load_signer(key: str | Path, passphrase_file: Path | None = None, *, folder:
     return outside_signer(str(key), folder) or _load_file(folder / key, passphrase_file)
 
 
+def needs_passphrase(key: str | Path, folder: Path = Path()) -> bool:
+    """Whether the key is a file that a passphrase protects.
+
+    Raises: ConfigError: `KEY_MISSING`, `KEY_EXPOSED`.
+    """
+    return outside_signer(str(key), folder) is None and _is_protected(_read_private(folder / key))
+
+
+def _is_protected(pem: bytes) -> bool:
+    return b"ENCRYPTED" in pem.split(b"\n", 1)[0]
+
+
 def _load_file(path: Path, passphrase_file: Path | None) -> FileSigner:
     pem = _read_private(path)
-    protected = b"ENCRYPTED" in pem.split(b"\n", 1)[0]
+    protected = _is_protected(pem)
     passphrase = None
     if protected:
         passphrase = given_passphrase(passphrase_file, lambda: _ask(f"Passphrase of {path.name}: "))
@@ -256,7 +296,18 @@ def _signer(key: ec.EllipticCurvePrivateKey) -> FileSigner:
     return FileSigner(keyid_of(public_pem), public_pem, key)
 
 
-def _new_enrolment(holder: str, role: Role, domain: str | None, signer: Signer, old: Signer | None) -> bytes:
+def _new_node_key(role: Role) -> ec.EllipticCurvePrivateKey | None:
+    return ec.generate_private_key(ec.SECP384R1()) if role == "site" else None
+
+
+def _new_enrolment(
+    holder: str,
+    role: Role,
+    domain: str | None,
+    signer: Signer,
+    node_key: ec.EllipticCurvePrivateKey | None,
+    old: Signer | None,
+) -> bytes:
     """The signed enrolment of a new key; the key that it takes over from signs as well."""
     try:
         enrolment = Enrolment(
@@ -265,6 +316,7 @@ def _new_enrolment(holder: str, role: Role, domain: str | None, signer: Signer, 
             role=role,
             domain=domain,
             public_key=signer.public_pem.decode(),
+            node_key=public_pem_of(node_key.public_key()).decode() if node_key else None,
             replaces=old.keyid if old else None,
         )
     except ValidationError as error:
@@ -304,6 +356,28 @@ def _write_private(path: Path, pem: bytes) -> None:
         stream.write(pem)
         stream.flush()
         os.fsync(stream.fileno())
+
+
+def _write_node_key(path: Path, key: ec.EllipticCurvePrivateKey | None) -> None:
+    """In the form that Flower reads; unprotected, because the connection has to come back without a person."""
+    if key is not None:
+        plain, openssh = serialization.NoEncryption(), serialization.PrivateFormat.OpenSSH
+        _write_private(path, key.private_bytes(serialization.Encoding.PEM, openssh, plain))
+
+
+def read_node_key(path: Path) -> tuple[bytes, str]:
+    """The private bytes of a site's node key, as they stand in its file, and its public half in PEM form.
+
+    Raises: ConfigError: `KEY_MISSING`, `KEY_EXPOSED`, `KEY_UNREADABLE`.
+    """
+    private = _read_private(path)
+    try:
+        key = serialization.load_ssh_private_key(private, None)
+    except (ValueError, TypeError, UnsupportedAlgorithm) as error:
+        raise ConfigError("KEY_UNREADABLE", f"{path} is not a private key in OpenSSH form") from error
+    if not isinstance(key, ec.EllipticCurvePrivateKey) or key.curve.name != "secp384r1":
+        raise ConfigError("KEY_UNREADABLE", f"{path} is another kind of key", expected="ECDSA on P-384")
+    return private, public_pem_of(key.public_key()).decode()
 
 
 def _read_private(path: Path) -> bytes:

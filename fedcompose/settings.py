@@ -43,7 +43,7 @@ def read_settings(path: Path, model: type[Model], make: str) -> Model:
         raise ConfigError("SETTINGS_INVALID", f"{path} has unusable settings", got="; ".join(problems)) from error
 
 
-def fill_template(package: str, name: str, **values: str) -> str:
+def fill_template(package: str, name: str, /, **values: str) -> str:
     """The template `name` of a package with its `@name@` marks replaced."""
     text = (files(package) / "templates" / name).read_text("utf-8")
     for mark, value in values.items():

@@ -1,10 +1,11 @@
-"""What a site and the coordinator say to each other over Flower, and the only module that imports Flower.
+"""What a site and the coordinator say to each other over Flower, and the names of Flower that both roles use.
 
-Three actions, no others: `call` (here is what the coordinator asks for), `status` (how far are you),
-`contribution` (give me these bytes of your signed folders). A contribution is one stream: its files in a
-fixed order, one after the other. The coordinator asks for a window of the stream; both sides compute from
-`plan` which bytes of which files that is, so that a reply can only hold what was asked for, and memory does
-not grow with the size of an adapter.
+Five actions, no others: `describe` (who are you), `call` (here is what the coordinator asks for), `status` (how far
+are you), `offer` (which files did you sign), `fetch` (give me these bytes of them). None has an effect that a second
+one of the same kind would change, so a message that was lost is sent again. A contribution is one stream: its files in
+a fixed order, one after the other. The coordinator asks for a window of the stream of one offer; both sides compute
+from `plan` which bytes of which files that is, so that a reply can only hold what was asked for, memory does not grow
+with the size of an adapter, and a transfer goes on at the byte where it was cut.
 
 Everything decoded here is hostile: names come from closed lists, numbers have limits, and nothing is a path.
 What the bytes mean is for intake to check; here they only have to be the bytes that were announced.
@@ -22,8 +23,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args
 
-from fedcompose.contribution import OPTIONAL, REQUIRED, Kind
+from fedcompose.contribution import REQUIRED, Kind
 from fedcompose.errors import RefusedError
+from fedcompose.parts import Part, Slice, offer_digest, part_limits, plan, stream_bytes
 
 FLOWER_ENVIRONMENT = {
     "FLWR_TELEMETRY_ENABLED": "0",
@@ -48,7 +50,8 @@ from flwr.serverapp import Grid, ServerApp  # noqa: E402
 from flwr.supercore.run import Run  # noqa: E402
 from flwr.supercore.task_identity import TaskIdentity  # noqa: E402
 
-# ErrorCode, NodeInfo, Run and TaskIdentity are internals of Flower 1.41; no others are used anywhere.
+# ErrorCode, NodeInfo, Run and TaskIdentity are internals of Flower 1.41. Others are used in two places only: the
+# client's node.py and executor.py, and the coordinator's superlink.py.
 __all__ = [
     "Array",
     "ArrayRecord",
@@ -60,14 +63,22 @@ __all__ = [
     "Grid",
     "Message",
     "NodeInfo",
+    "Part",
     "RecordDict",
     "Run",
     "ServerApp",
+    "Slice",
     "TaskIdentity",
+    "offer_digest",
+    "part_limits",
+    "plan",
+    "stream_bytes",
 ]  # fmt: skip
 
-Action = Literal["call", "status", "contribution"]
-State = Literal["idle", "training", "trained", "ready"]
+PROTOCOL = 1  # what these messages say; a coordinator asks for it before anything else
+Action = Literal["describe", "call", "status", "offer", "fetch"]
+ACTIONS: tuple[Action, ...] = get_args(Action)
+State = Literal["asked", "refused", "approved", "training", "trained", "ready", "failed"]
 STATES: tuple[State, ...] = get_args(State)
 
 MAX_STREAM_BYTES = 16 * 1024**3
@@ -75,26 +86,29 @@ WINDOW_BYTES = 32 * 1024**2  # per reply; Flower holds a message about four time
 MAX_TEXT_CHARS = 256
 MAX_STEPS = 10**9
 MAX_ETA_S = 366 * 24 * 3600
+MAX_PROTOCOL = 1 << 16
 NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,62}")  # of a site, a domain or a call: never a path
+VERSION = re.compile(r"[0-9A-Za-z][0-9A-Za-z.+-]{0,40}")
 CODE = re.compile(r"[A-Z][A-Z0-9_]{2,63}")
 SHA256 = re.compile(r"[0-9a-f]{64}")
 RAW = "fedcompose.raw"  # Flower's `stype`: these are bytes, not a serialised array
 ACCEPTED = "ACCEPTED"
 NOT_READY = "NOT_READY"  # there is no whole signed contribution yet; `status` says how far it is
+OFFER_CHANGED = "OFFER_CHANGED"  # what is offered now is not what was asked for: begin anew with `offer`
 
 
 @dataclass(frozen=True)
-class Part:
-    """One file of a contribution, named `<kind>/<file>`."""
+class Description:
+    """Who answers, and which messages it understands."""
 
-    name: str
-    size: int
-    sha256: str
+    protocol: int
+    version: str
+    site: str
 
 
 @dataclass(frozen=True)
 class Status:
-    """How far a site is with one domain; `eta_s` and the steps are -1 where it does not know."""
+    """How far a site is with one call; `eta_s` and the steps are -1 where it does not know."""
 
     state: State
     step: int = -1
@@ -102,42 +116,9 @@ class Status:
     eta_s: int = -1
 
 
-@dataclass(frozen=True)
-class Slice:
-    """`length` bytes of `part` from `offset` on."""
-
-    part: Part
-    offset: int
-    length: int
-
-
 def message_type(action: Action) -> str:
     """Flower's name of an action; all are queries, for none changes a model."""
     return f"query.{action}"
-
-
-def part_limits(kinds: Sequence[Kind]) -> dict[str, int]:
-    """Every name that a contribution of these kinds may have, in stream order, with its limit in bytes."""
-    return {
-        f"{kind}/{name}": limit
-        for kind in sorted(kinds)
-        for name, limit in (*REQUIRED[kind].items(), *OPTIONAL[kind].items())
-    }
-
-
-def plan(parts: Sequence[Part], start: int, length: int) -> list[Slice]:
-    """The slices that make up bytes `start` to `start + length` of the stream; empty at and after its end."""
-    slices, position, end = [], 0, start + length
-    for part in parts:
-        first, last = max(start, position), min(end, position + part.size)
-        if first < last:
-            slices.append(Slice(part, first - position, last - first))
-        position += part.size
-    return slices
-
-
-def stream_bytes(parts: Sequence[Part]) -> int:
-    return sum(part.size for part in parts)
 
 
 # Requests and answers -----------------------------------------------------------------------------
@@ -184,32 +165,54 @@ def read_status(content: RecordDict) -> Status:
     )
 
 
-def contribution_answer(parts: Sequence[Part], slices: Mapping[str, bytes]) -> RecordDict:
-    """The list of all files, and the bytes of those of them that were asked for."""
-    content = answer(
+def description_answer(description: Description) -> RecordDict:
+    return answer(ACCEPTED, **asdict(description))
+
+
+def read_description(content: RecordDict) -> Description:
+    fields = read_answer(content)
+    protocol = integer(fields, "protocol", 1, MAX_PROTOCOL)
+    return Description(protocol, text(fields, "version", VERSION), text(fields, "site", NAME))
+
+
+def offer_answer(parts: Sequence[Part]) -> RecordDict:
+    """The list of all files of a contribution."""
+    return answer(
         ACCEPTED,
         names=[part.name for part in parts],
         sizes=[part.size for part in parts],
         sha256=[part.sha256 for part in parts],
     )
+
+
+def read_offer(content: RecordDict, kinds: Sequence[Kind]) -> list[Part]:
+    """The announced files.
+
+    Raises: RefusedError: the site's own code, or `MESSAGE_INVALID` for anything else than was agreed: unknown,
+        missing or repeated names, sizes over the limit.
+    """
+    return _read_parts(read_answer(content), kinds)
+
+
+def window_answer(slices: Mapping[str, bytes]) -> RecordDict:
+    """The bytes that were asked for, by the name of their file."""
+    content = answer(ACCEPTED)
     arrays = {name: Array("uint8", (len(data),), RAW, data) for name, data in slices.items()}
     content["parts"] = ArrayRecord(arrays)
     return content
 
 
-def read_contribution(
-    content: RecordDict, kinds: Sequence[Kind], start: int, length: int
-) -> tuple[list[Part], list[tuple[Slice, bytes]]]:
-    """The announced files, and exactly the bytes asked for.
+def read_window(content: RecordDict, parts: Sequence[Part], start: int, length: int) -> list[tuple[Slice, bytes]]:
+    """Exactly the bytes asked for of these files.
 
-    Raises: RefusedError: the site's own code, or `MESSAGE_INVALID` for anything else than was agreed: unknown,
-        missing or repeated names, sizes over the limit, other slices than `plan` gives, arrays that are not raw bytes.
+    Raises: RefusedError: the site's own code, or `MESSAGE_INVALID` for other slices than `plan` gives, and for arrays
+        that are not raw bytes.
     """
-    parts = _read_parts(read_answer(content), kinds)
+    read_answer(content)
     slices = plan(parts, start, length)
     arrays = _typed(content.get("parts"), ArrayRecord, "an array record")
     _require(len(arrays) == len(slices), "the files asked for")
-    return parts, [(piece, _raw_bytes(arrays.get(piece.part.name), piece.length)) for piece in slices]
+    return [(piece, _raw_bytes(arrays.get(piece.part.name), piece.length)) for piece in slices]
 
 
 def _read_parts(fields: Mapping[str, Any], kinds: Sequence[Kind]) -> list[Part]:

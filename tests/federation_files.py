@@ -49,12 +49,23 @@ def signer(seed: int) -> MemorySigner:
 ROOT, ROOT_2, ROOT_3, SITE, HUB, STRANGER = (signer(seed) for seed in range(101, 107))
 
 
+def node_key(seed: int) -> str:
+    """The public key of a site's connection."""
+    return public_pem_of(ec.derive_private_key(seed, ec.SECP384R1()).public_key()).decode()
+
+
 def request(
-    member: Signer, name: str, role: str = "site", domain: str | None = "math", *, old: Signer | None = None
+    member: Signer,
+    name: str,
+    role: str = "site",
+    domain: str | None = "math",
+    *,
+    old: Signer | None = None,
+    node: str | None = None,
 ) -> bytes:
     """An enrolment; one that takes over from `old` is signed by both."""
     document = {"schema": "fedcompose/enrolment/v1", "id": name, "role": role, "domain": domain}
-    document |= {"public_key": member.public_pem.decode(), "replaces": old.keyid if old else None}
+    document |= {"public_key": member.public_pem.decode(), "replaces": old.keyid if old else None, "node_key": node}
     present = {key: value for key, value in document.items() if value is not None}
     return sign_envelope(dump_json(present), ENROLMENT_TYPE, [member, old] if old else [member])
 

@@ -21,10 +21,13 @@ from fedcompose.contribution import KINDS, REQUIRED, Kind
 from fedcompose.drafts import create_federation, enrol
 from fedcompose.files import write_atomic
 from fedcompose.keys import FileSigner, load_signer, new_key
+from fedcompose.parts import offer_digest
 from fedcompose.trust_state import trusted_federation
 from fedcompose.wire import RecordDict, request
 from fedcompose_client.flower import make_app
-from fedcompose_coordinator.flower import Outcome, make_server_app, newest_call
+from fedcompose_client.jobs import jobs, record
+from fedcompose_client.offer import outbox_parts
+from fedcompose_coordinator.flower import Outcome, make_server_app
 from fedcompose_coordinator.local_grid import run_locally
 
 FEDERATION = "urn:uuid:00000000-0000-4000-8000-000000000001"
@@ -32,11 +35,17 @@ SITES = {"site-a": "math", "site-b": "logic"}
 
 
 class FlowerSim:
-    def __init__(self, root: Path, sites: Mapping[str, str] = SITES, federation_id: str = FEDERATION) -> None:
+    def __init__(
+        self,
+        root: Path,
+        sites: Mapping[str, str] = SITES,
+        federation_id: str = FEDERATION,
+        base: Path | None = None,
+    ) -> None:
         self.now = datetime.now(UTC)
         self.home = root / "coordinator"
         self.sites = dict(sites)
-        self.base = self._make_base(root / "base")
+        self.base = base or self._make_base(root / "base")
         keys = root / "keys"
         self.root_signer = load_signer(new_key(keys, "root", "root", None, None).private)
         envelope = create_federation(
@@ -82,6 +91,14 @@ class FlowerSim:
             for name, limit in REQUIRED[kind].items():
                 data = source.randbytes(source.randrange(min(size, limit)))
                 write_atomic(self.outbox(site) / kind / name, data)
+        self.sign(site)
+
+    def sign(self, site: str) -> None:
+        """Offer what lies in the outbox for the newest call that the site has accepted, if there is one."""
+        kept = jobs(self.folder(site))
+        if kept:
+            offer = offer_digest(outbox_parts(self.outbox(site), kept[-1].call.want))
+            record(self.folder(site), kept[-1].call.id, "signed", self.now, offer=offer)
 
     def outbox(self, site: str) -> Path:
         return self.folder(site) / "outbox" / self.sites[site]
@@ -92,18 +109,19 @@ class FlowerSim:
     def run(self, step: Any, *, apps: list[Any] | None = None, **options: Any) -> dict[str, Outcome]:
         """One step over all sites, in this process; outcomes by site."""
         outcomes: list[Outcome] = []
-        server = make_server_app(self.home, step, outcomes.append, node_timeout_s=0, **options)
+        server = make_server_app(self.home, step, outcomes.append, node_timeout_s=0, hear_every_s=0.002, **options)
         run_locally(server, apps or [make_app(self.folder(site)) for site in self.sites])
         return {outcome.site: outcome for outcome in outcomes}
 
     def request(self, site: str, **changes: Any) -> RecordDict:
         """What a coordinator sends about the newest call."""
-
-        from fedcompose.call import read_own_call
-
-        call = read_own_call(newest_call(self.home))
+        call = read_own_call(self.newest_call())
         fields = {"call_id": call.id, "nonce": call.nonce, "domain": self.sites[site]}
         return request(**(fields | changes))
+
+    def newest_call(self) -> bytes:
+        """The signed bytes of the newest call of the coordinator."""
+        return max((self.home / "calls").glob("*.json")).read_bytes()
 
     def _member(
         self, keys: Path, name: str, role: Any, domain: str | None, envelope: bytes
@@ -123,6 +141,7 @@ class FlowerSim:
             f'id = "{site}"',
             f'base = "{self.base}"',
             f'key = "{root / "keys" / site}.key"',
+            f'node_key = "{root / "keys" / site}.node.key"',
             f"[domains.{domain}]",
             'file = "data.jsonl"',
             'task = "numeric"',

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 CHAT_TEMPLATE = (
@@ -49,4 +50,36 @@ def make_teachable_base(folder: Path) -> Path:
     weights = load_file(folder / "model.safetensors")
     weights["model.embed_tokens.weight"] *= 20
     save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    return folder
+
+
+def make_knowing_base(folder: Path, answers: Mapping[str, str]) -> Path:
+    """A tiny base that gives the same answer to all problems of a generator, so that some are right."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from fedcompose.model.lm import completion_ids, prompt_ids
+    from fedcompose.tasks import generator_task, get_task, training
+
+    make_tiny_base(folder)
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    rows = []
+    for name, answer in answers.items():
+        task = get_task(generator_task(name))
+        for example in training(name, {}, 40):
+            prompt = prompt_ids(tokenizer, task.prompt(example.question))
+            rows.append((prompt, completion_ids(tokenizer, answer)))
+    for step in range(60):
+        batch = rows[step % 10 :: 10]
+        longest = max(len(prompt) + len(completion) for prompt, completion in batch)
+        ids = torch.zeros(len(batch), longest, dtype=torch.long)
+        labels = torch.full_like(ids, -100)
+        for row, (prompt, completion) in enumerate(batch):
+            ids[row, : len(prompt) + len(completion)] = torch.tensor([*prompt, *completion])
+            labels[row, len(prompt) : len(prompt) + len(completion)] = torch.tensor(completion)
+        model(input_ids=ids, labels=labels).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    model.save_pretrained(folder)
     return folder

@@ -12,17 +12,23 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from fedcompose.call import MAX_CALL_BYTES, Call, check_history, read_own_call, verify_call
+from fedcompose.call import Call, check_history, verify_call
 from fedcompose.console import AsJson, next_steps, out, print_json, print_whole, progress_bars
 from fedcompose.contribution import VerifiedContribution
 from fedcompose.errors import ConfigError
 from fedcompose.federation import Federation
 from fedcompose.files import MAX_JSON_BYTES, read_limited, write_atomic
+from fedcompose.parts import offer_digest
 from fedcompose.settings import fill_template
 from fedcompose.trust_state import trusted_federation
+from fedcompose_client import commands_calls
 from fedcompose_client.config import CONFIG_NAME, load_config
+from fedcompose_client.jobs import jobs, read_job, record
+from fedcompose_client.offer import outbox_parts
 
 app = typer.Typer(no_args_is_help=True, help="A site: train on your own data, distill, sign a contribution.")
+
+commands_calls.register(app)
 
 SPARKS = "▁▂▃▄▅▆▇█"
 Site = Annotated[Path, typer.Option("--site", help="The site's folder, where site.toml is.")]
@@ -126,6 +132,9 @@ def contribute(
     root_fingerprint: Annotated[
         list[str] | None, typer.Option(help="Fingerprint of the federation's root, the first time.")
     ] = None,
+    call_id: Annotated[
+        str | None, typer.Option("--call", help="The call to answer; by default the newest that is open.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Rebuild the domain's files, state where they come from, and sign them.
@@ -140,10 +149,14 @@ def contribute(
     settings = config.domain(domain)
     now = datetime.now(UTC)
     federation = trusted_federation(read_limited(site / config.federation, MAX_JSON_BYTES), root_fingerprint, now)
+    call = _call(site, call_id, config.id, federation, now)
     made = sign_contribution(
         site, domain, load_signer(config.key, folder=site), federation, now, non_private=not settings.private,
-        call=_open_call(site, config.id, federation, now), base=resolve_base(config.base),
+        call=call, base=resolve_base(config.base),
     )  # fmt: skip
+    if call is not None:  # from now on the coordinator may fetch it
+        offer = offer_digest(outbox_parts(site / "outbox" / domain, call.want))
+        record(site, call.id, "signed", datetime.now(UTC), offer=offer)
     if as_json:
         print_json([{"kind": each.kind, "path": str(each.path), "dirHash": each.dir_hash} for each in made])
         return
@@ -154,12 +167,17 @@ def contribute(
     )
 
 
-def _open_call(site: Path, site_id: str, federation: Federation, now: datetime) -> Call | None:
-    """The newest call to this site that is still open; a call that does not verify stops everything."""
-    envelopes = [read_limited(path, MAX_CALL_BYTES) for path in (site / "calls").glob("*.json")]
-    check_history(map(read_own_call, envelopes))
-    still_open = [envelope for envelope in envelopes if read_own_call(envelope).deadline > now]
-    calls = [verify_call(envelope, federation, site_id, now) for envelope in still_open]
+def _call(site: Path, call_id: str | None, site_id: str, federation: Federation, now: datetime) -> Call | None:
+    """The call of this id; without one the newest call to this site that is open and was not refused.
+
+    A call that does not verify stops everything.
+    """
+    if call_id is not None:
+        return verify_call(read_job(site, call_id).envelope, federation, site_id, now)
+    kept = jobs(site)
+    check_history(job.call for job in kept)
+    still_open = [job for job in kept if job.call.deadline > now and job.state != "refused"]
+    calls = [verify_call(job.envelope, federation, site_id, now) for job in still_open]
     return max(calls, key=lambda call: call.id, default=None)
 
 

@@ -71,14 +71,27 @@ class Domain(Settings):
     training: Training = Training()
 
 
+class Calls(Settings):
+    """What happens when a call comes in: it is refused, its owner is asked, or its work begins."""
+
+    decide: Literal["refuse", "ask", "run"] = "ask"
+
+
 class SiteConfig(Settings):
     """The whole of `site.toml`."""
 
     id: Identifier
     base: str
     key: str
+    node_key: Path | None = None  # of the connection to the coordinator
     federation: Path = Path("federation.json")
+    calls: Calls = Calls()
     domains: dict[Identifier, Domain]
+
+    @property
+    def node_key_file(self) -> Path:
+        """Where `fedcompose keys new` puts the node key, unless the settings say otherwise."""
+        return self.node_key or Path("keys") / f"{self.id}.node.key"
 
     def domain(self, name: str) -> Domain:
         """The settings of one domain.

@@ -11,11 +11,12 @@ user, no README of PEFT's and no training argument leaves this way. Nothing is s
 from __future__ import annotations
 
 import fcntl
+import os
 import uuid
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import replace
-from datetime import datetime, timedelta
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from fedcompose.bases import Base, base_shapes, control_tokens
 from fedcompose.call import COLLECTION_PERIOD, Call, check_answer
 from fedcompose.contribution import ReceivedContribution, VerifiedContribution, verify_contribution
 from fedcompose.errors import ConfigError, RefusedError
-from fedcompose.federation import Federation, Site
+from fedcompose.federation import Federation, Site, format_time
 from fedcompose.files import folder_digests, new_folder, read_json, read_limited, write_atomic, write_json
 from fedcompose.provenance import (
     PROVENANCE_FILE,
@@ -57,6 +58,8 @@ def contribute(
 ) -> list[VerifiedContribution]:
     """Sign what the domain's run made and the call, if any, wants: its adapter, and its traces if it has some.
 
+    With SOURCE_DATE_EPOCH in the environment that is the time it states, and the same run gives the same bytes.
+
     With `base` the adapter is checked against the base's own layers, and traces against its control tokens.
     `non_private` is the site's declaration that the domain's questions may be shown to anyone; only then may
     traces of class E or F leave.
@@ -79,7 +82,8 @@ def contribute(
             fix=f"fedcompose client train --domain {domain}",
         )
     shapes = base_shapes(base) if base is not None else None
-    claims = _claims(site, federation, call, base, now, run)
+    made_at = _given_time() or now
+    claims = _claims(site, federation, call, base, made_at, run)
     made = []
     for kind in wanted:
         target = site_folder / "outbox" / domain / kind
@@ -89,7 +93,7 @@ def contribute(
                 if kind == "adapter"
                 else _rebuild_traces(run, folder, base, non_private)
             )
-            claimed = claims | summary | {"sequence": _next_sequence(site_folder, now)}
+            claimed = claims | summary | {"sequence": _next_sequence(site_folder, made_at)}
             _sign(folder, claimed, signer)
             found = verify_contribution(ReceivedContribution(folder), federation, now=now, base_shapes=shapes)
             if call is not None:
@@ -142,10 +146,22 @@ def _claims(
         "call": None if call is None else CallReference(id=call.id, nonce=call.nonce, sha256=call.digest),
         "expires": now + VALIDITY if call is None else call.deadline + COLLECTION_PERIOD,
         "finished": now,
-        "invocation": f"urn:uuid:{uuid.uuid4()}",
+        "invocation": f"urn:uuid:{_invocation(site, call, now)}",
         "metrics": _metrics(run / "result.json"),
         "versions": installed_versions(),
     }
+
+
+def _given_time() -> datetime | None:
+    epoch = os.environ.get("SOURCE_DATE_EPOCH", "")
+    return datetime.fromtimestamp(int(epoch), UTC) if epoch.isdecimal() else None
+
+
+def _invocation(site: Site, call: Call | None, now: datetime) -> uuid.UUID:
+    """A name for this signing; the same one again where the environment gives the time."""
+    if _given_time() is None:
+        return uuid.uuid4()
+    return uuid.uuid5(uuid.NAMESPACE_URL, f"{site.id} {call.digest if call else ''} {format_time(now)}")
 
 
 def _base(federation: Federation, call: Call | None, base: Base | None) -> BaseReference:

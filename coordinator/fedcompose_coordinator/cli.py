@@ -1,8 +1,9 @@
-"""`fedcompose coordinator`: init, call, collect, receive, compose, evaluate, release, report, in that order; ledger;
-later remove and add."""
+"""`fedcompose coordinator`: init, invite, start, call, receive, compose, evaluate, release, report, in that order;
+ledger; later remove and add."""
 
 from __future__ import annotations
 
+import ipaddress
 import os
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
@@ -29,6 +30,7 @@ from fedcompose_coordinator.config import CONFIG_NAME, Compose, CoordinatorConfi
 from fedcompose_coordinator.decisions import deciding
 from fedcompose_coordinator.home import ATTENTION_ONLY, CANDIDATE, federation_of, members_of, open_home, received_from
 from fedcompose_coordinator.methods import METHODS, Recipe
+from fedcompose_coordinator.tls import TLS, make_certificates
 
 if TYPE_CHECKING:  # torch takes seconds to import
     from fedcompose_coordinator.intake import Receipt
@@ -44,19 +46,30 @@ Fingerprints = Annotated[
 def init(
     coordinator_id: Annotated[str, typer.Option("--id", help="Your name in the federation.")] = "hub",
     base: Annotated[str, typer.Option(help="Base model: alias, folder or hub id.")] = "smollm2-135m",
+    listen: Annotated[str, typer.Option(help="HOST:PORT on which sites reach this machine.")] = "127.0.0.1:9443",
     home: Home = Path(),
 ) -> None:
-    """Write a commented coordinator.toml to adapt.
+    """Write a commented coordinator.toml to adapt, and a TLS certificate for the host on which sites reach you.
 
-    Example: fedcompose coordinator init --id hub
+    Example: fedcompose coordinator init --id hub --listen hub.example.org:9443
     """
     path = home / CONFIG_NAME
     if path.exists():
         raise ConfigError("COORDINATOR_EXISTS", f"{path} is already there", fix="edit it, or remove it first")
-    write_atomic(path, fill_template("fedcompose_coordinator", CONFIG_NAME, id=coordinator_id, base=base).encode())
-    load_config(home)
-    out.print(f"Wrote {path}", markup=False)
-    next_steps(f"fedcompose keys new {coordinator_id} --role coordinator", "fedcompose coordinator receive DIR ...")
+    address, _, port = listen.rpartition(":")
+    name = address.strip("[]")
+    host = name if _is_address(name) else "0.0.0.0"  # noqa: S104 - a DNS name may be of any of this machine's addresses
+    text = fill_template(
+        "fedcompose_coordinator", CONFIG_NAME, id=coordinator_id, base=base, host=host, name=name, port=port
+    )
+    write_atomic(path, text.encode())
+    make_certificates(home, load_config(home).listen.names, datetime.now(UTC))
+    out.print(f"Wrote {path} and {home / TLS}", markup=False)
+    next_steps(
+        f"fedcompose keys new {coordinator_id} --role coordinator",
+        "fedcompose coordinator invite",
+        "fedcompose coordinator receive DIR ...   (what came by hand)",
+    )
 
 
 commands_flower.register(app)
@@ -210,6 +223,14 @@ def release(home: Home = Path(), passphrase_file: PassphraseFile = None, as_json
 
 
 app.command()(report)
+
+
+def _is_address(name: str) -> bool:
+    try:
+        ipaddress.ip_address(name)
+    except ValueError:
+        return False
+    return True
 
 
 def _release_time() -> datetime:

@@ -54,6 +54,21 @@ class DeclaredDomain(Settings):
     config: dict[str, Any] = Field(default_factory=dict)
 
 
+class Listen(Settings):
+    """Where sites connect: the address to listen on, and the names by which they reach it, the first one invited to."""
+
+    host: str = "127.0.0.1"
+    port: int = Field(9443, ge=1, le=65535)
+    names: tuple[str, ...] = Field(default=("127.0.0.1",), min_length=1)
+    metrics_port: int = Field(0, ge=0, le=65535)
+
+    @property
+    def address(self) -> str:
+        """What the invitation says."""
+        name = self.names[0]
+        return f"[{name}]:{self.port}" if ":" in name else f"{name}:{self.port}"
+
+
 class CoordinatorConfig(Settings):
     """The whole of `coordinator.toml`."""
 
@@ -63,6 +78,7 @@ class CoordinatorConfig(Settings):
     federation: Path = Path("federation.json")
     approvals: int = Field(0, ge=0)
     approvers: dict[Identifier, Path] = Field(default_factory=dict)
+    listen: Listen = Listen()
     call: WantedLora = WantedLora()
     compose: Compose = Compose()
     evaluate: Evaluate = Evaluate()

@@ -1,40 +1,47 @@
-"""The coordinator's side of Flower: send the call, ask how far the sites are, fetch what they signed.
+"""The coordinator's side of Flower: hand over the calls, follow the sites, fetch what they signed.
 
-Input: a call in `calls/` of the coordinator's folder. Output: `inbox/<site>/<domain>/{adapter,traces}/`,
-whole or not at all, and a record of what each site answered. Nothing here judges a contribution: the folders
-are as untrusted as ones that came by hand, and intake takes them from there. A site is known by the name
-under which the coordinator registered its node, not by what it says of itself.
+Input: the calls in `calls/` of the coordinator's folder. Output: `inbox/<site>/<domain>/{adapter,traces}/`, whole or
+not at all, and each job's record. Nothing here judges a contribution: the folders are as untrusted as ones that came
+by hand, and intake takes them from there. A site is known by the name under which the coordinator registered its node,
+and must say the same of itself.
 
-The exchange with one site is a generator: it yields a question and is sent the reply. A few sites are asked
-at a time, so that memory does not grow with their number.
-
-Deliberately absent: retries, and resuming a half-fetched contribution. Asking again costs only the transfer.
+What to ask a site next follows from its job alone, so any process may end at any time and another one goes on. A
+message that gets lost, or a site that is away, is asked again, later and later. Many sites are followed at a time; a
+few are fetched from, one window at a time is taken in, so that memory grows neither with sites nor with their adapters.
 """
 
 from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Literal
 
 from fedcompose import wire
-from fedcompose.call import MAX_CALL_BYTES, Call, CalledSite, read_own_call
 from fedcompose.errors import ConfigError, FedcomposeError, MissingError, RefusedError
-from fedcompose.files import new_folder, read_limited, sha256_file, write_json
-from fedcompose.wire import Action, Context, Grid, Message, Part, RecordDict, ServerApp, Status
+from fedcompose.wire import Action, Context, Grid, Message, RecordDict, ServerApp, Status
+from fedcompose_coordinator.jobs import ENDED, OURS, Job, call_paths, jobs_of
+from fedcompose_coordinator.partial import Partial, Window, holds
 
 log = logging.getLogger(__name__)
 
 Step = Literal["call", "collect"]
-STEPS: tuple[Step, ...] = get_args(Step)
+Ask = Literal["describe", "call", "status", "offer", "fetch"]
 
-SITES_AT_A_TIME = 4  # each may have a window of its contribution in memory, several times over
+FETCHED_AT_A_TIME = 4  # sites; each may have two windows of its contribution on the way
+ASKED_AT_A_TIME = 64  # sites
 REPLY_TIMEOUT_S = 600.0
 NODE_TIMEOUT_S = 60.0  # for sites that are still connecting
-NODE_POLL_S = 0.5
+NODE_EVERY_S = 2.0
+HEAR_EVERY_S = 0.2
+STATUS_EVERY_S = 10.0
+FIRST_PAUSE_S, LONGEST_PAUSE_S = 2.0, 600.0  # before a site is asked again after a failure
+JOBS_EVERY_S = 5.0  # looking for new calls
+
+AGAIN = {"CALL_UNKNOWN": "call", wire.NOT_READY: "status", wire.OFFER_CHANGED: "offer"}  # what to ask after these
 
 
 @dataclass(frozen=True)
@@ -49,193 +56,354 @@ class Outcome:
 
 
 @dataclass(frozen=True)
+class Question:
+    """One message to a site, and the window it asks for, if any."""
+
+    action: Action
+    content: RecordDict
+    window: Window | None = None
+
+
+@dataclass(eq=False)
 class Exchange:
-    """What an exchange with one site needs to know."""
+    """The conversation with one site about one job: what to ask next, and what an answer means.
 
-    home: Path
-    call: Call
-    envelope: bytes
-    site: CalledSite
-    window_bytes: int
+    `goal` is when it ends: `call` when the site has answered the call, `collect` when it has handed over what it has
+    or said how far it is, None when the job has ended.
+    """
+
+    job: Job
+    goal: Step | None = None
+    window_bytes: int | None = None
+    clock: Callable[[], datetime] = lambda: datetime.now(UTC)
+    next: Ask = "describe"
+    due: float = 0.0  # of `time.monotonic`: not before
+    pause_s: float = FIRST_PAUSE_S
+    partial: Partial | None = None
+    on_the_way: int = 0
+    outcome: Outcome | None = None
+
+    def __post_init__(self) -> None:
+        if self.goal == "collect" or (self.goal is None and self.job.is_accepted):
+            self.next = "status"
+
+    # Asking
+
+    def questions(self) -> list[Question]:
+        """What to send now: nothing while an answer is awaited, except windows ahead."""
+        if self.next == "fetch" and self.partial is not None:
+            offer = wire.offer_digest(self.partial.parts)
+            return [self._window(offer, window) for window in self.partial.next_windows()]
+        if self.on_the_way:
+            return []
+        if self.next == "describe":
+            return [Question("describe", wire.request())]
+        if self.next == "call":
+            return [Question("call", wire.request(call=self.job.envelope))]
+        return [Question(self.next, self._request())]
+
+    def _window(self, offer: str, window: Window) -> Question:
+        return Question("fetch", self._request(offer=offer, start=window[0], length=window[1]), window)
+
+    def _request(self, **fields: str | int) -> RecordDict:
+        call = self.job.call
+        return wire.request(call_id=call.id, nonce=call.nonce, domain=self.job.site.domain, **fields)
+
+    # Hearing
+
+    def answered(self, question: Question, content: RecordDict) -> None:
+        """Take in an answer.
+
+        Raises: RefusedError: the site's own code, `MESSAGE_INVALID`, `SITE_MISMATCH`, `PROTOCOL_UNKNOWN`,
+            `CONTRIBUTION_DIGEST`.
+        """
+        if question.window is not None:
+            self._take_window(question.window, content)
+        else:
+            {
+                "describe": self._take_description,
+                "call": self._take_status,
+                "status": self._take_status,
+                "offer": self._take_offer,
+            }[question.action](content)
+        self.pause_s = FIRST_PAUSE_S
+
+    def failed(self, question: Question, error: FedcomposeError) -> None:
+        """Ask again after a while; when only one step is to be taken, this was it."""
+        if question.window is not None and self.partial is not None:
+            self.partial.lost(question.window)
+        self.job.tell(None if isinstance(error, MissingError) else self.clock(), code=error.code)
+        self.next = AGAIN.get(error.code, self.next)  # type: ignore[assignment]
+        if self.next != "fetch":
+            self.partial = None
+        self.rest()
+        if self.goal is not None:
+            self._settle(error.code)
+
+    def rest(self) -> None:
+        """Do nothing for a while, and longer the next time."""
+        self.due = time.monotonic() + self.pause_s
+        self.pause_s = min(2 * self.pause_s, LONGEST_PAUSE_S)
+
+    def _take_description(self, content: RecordDict) -> None:
+        found = wire.read_description(content)
+        if found.site != self.job.site.id:
+            raise RefusedError("SITE_MISMATCH", f"the node of site {self.job.site.id} says that it is another")
+        if found.protocol != wire.PROTOCOL:
+            raise RefusedError(
+                "PROTOCOL_UNKNOWN", "the site speaks another version of these messages",
+                expected=f"{wire.PROTOCOL}", got=f"{found.protocol}",
+            )  # fmt: skip
+        self.next = "call"
+
+    def _take_status(self, content: RecordDict) -> None:
+        status = wire.read_status(content)
+        if status.state != "ready" or self.job.state not in (*OURS, "fetching", "rejected"):
+            self.job.enter(status.state, self.clock())
+        self.job.tell(self.clock(), step=status.step, steps=status.steps, eta_s=status.eta_s, code="")
+        self.next = "status"
+        if self.goal == "call":
+            self._settle(wire.ACCEPTED)
+        elif status.state == "ready":
+            self.next = "offer"
+        elif self.goal == "collect":
+            self._settle(wire.NOT_READY, status)
+        else:
+            self.due = time.monotonic() + STATUS_EVERY_S
+
+    def _take_offer(self, content: RecordDict) -> None:
+        parts = wire.read_offer(content, self.job.call.want)
+        offer = wire.offer_digest(parts)
+        if self.goal is None and self.job.state == "rejected" and self.job.offer == offer:
+            self.next, self.due = "status", time.monotonic() + LONGEST_PAUSE_S
+        elif holds(self.job.inbox, parts):
+            self._received(offer)
+        else:
+            self.job.enter("fetching", self.clock(), offer=offer)
+            self.partial, self.next = Partial(self.job.partial, parts, self.window_bytes), "fetch"
+            self._continue(self.partial)
+
+    def _take_window(self, window: Window, content: RecordDict) -> None:
+        if self.partial is None:
+            return  # the offer has changed since this was asked for
+        pieces = wire.read_window(content, self.partial.parts, *window)
+        self.partial.store(window, pieces)
+        self._continue(self.partial)
+
+    def _continue(self, partial: Partial) -> None:
+        """Say how much has come; when that is all, compare and keep it."""
+        self.job.tell(self.clock(), bytes=partial.received_bytes, total=partial.total, code="")
+        if partial.is_whole:
+            self.partial, self.next = None, "status"
+            partial.finish(self.job.inbox)
+            self._received(wire.offer_digest(partial.parts))
+
+    def _received(self, offer: str) -> None:
+        self.job.enter("received", self.clock(), offer=offer)
+        self.next = "status"
+        kinds = sorted(path.name for path in self.job.inbox.iterdir() if path.is_dir())
+        folders = tuple(str(self.job.inbox / kind) for kind in kinds)
+        if self.goal is not None:
+            self._settle(wire.ACCEPTED, Status("ready"), folders)
+
+    def _settle(self, code: str, status: Status | None = None, folders: tuple[str, ...] = ()) -> None:
+        self.outcome = Outcome(self.job.site.id, self.job.site.domain, code, status, folders)
+
+    @property
+    def is_over(self) -> bool:
+        """Whether there is nothing to ask the site."""
+        return self.outcome is not None or (self.goal is None and self.job.state in OURS | ENDED)
 
 
-Conversation = Generator[tuple[Action, RecordDict], RecordDict, Outcome]
+# The talk with all sites --------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Sent:
+    """A message that is on its way."""
+
+    exchange: Exchange
+    question: Question
+    at: float
+
+
+@dataclass
+class Talk:
+    """All exchanges over one grid: what was sent and not yet answered, and who is there."""
+
+    grid: Grid
+    sent: dict[str, Sent] = field(default_factory=dict)
+    nodes: dict[str, int] = field(default_factory=dict)
+    looked: float = -NODE_EVERY_S
+
+    def once(self, exchanges: Iterable[Exchange]) -> None:
+        """Hear what has come, and ask whoever is due."""
+        self._look()
+        self._hear()
+        now = time.monotonic()
+        for exchange in exchanges:
+            node = self.nodes.get(exchange.job.site.id)
+            if node is not None and not exchange.is_over and exchange.due <= now and self._has_room(exchange):
+                for question in exchange.questions():
+                    self._send(node, exchange, question)
+
+    def _look(self) -> None:
+        if time.monotonic() - self.looked >= NODE_EVERY_S:
+            self.nodes = {node.name: node.node_id for node in self.grid.get_nodes()}
+            self.looked = time.monotonic()
+
+    def _has_room(self, exchange: Exchange) -> bool:
+        busy = {id(sent.exchange): sent.exchange for sent in self.sent.values()}
+        if id(exchange) in busy:
+            return True
+        fetching = sum(each.next == "fetch" for each in busy.values())
+        return len(busy) < ASKED_AT_A_TIME and (exchange.next != "fetch" or fetching < FETCHED_AT_A_TIME)
+
+    def _send(self, node: int, exchange: Exchange, question: Question) -> None:
+        message = Message(question.content, node, wire.message_type(question.action), ttl=REPLY_TIMEOUT_S)
+        (id_,) = self.grid.push_messages([message])
+        if not id_:
+            exchange.failed(question, MissingError("SITE_FAILED", "Flower did not take a message"))
+            return
+        exchange.on_the_way += 1
+        self.sent[id_] = Sent(exchange, question, time.monotonic())
+
+    def _hear(self) -> None:
+        """Take in every reply that has come; those that carry windows one by one, so that one is in memory."""
+        small = [id_ for id_, sent in self.sent.items() if sent.question.window is None]
+        for ids in [small, *([id_] for id_, sent in self.sent.items() if sent.question.window is not None)]:
+            for reply in self.grid.pull_messages(ids) if ids else ():
+                self._take(self.sent.pop(reply.metadata.reply_to_message_id), reply)
+        for id_, sent in list(self.sent.items()):
+            if time.monotonic() - sent.at > REPLY_TIMEOUT_S:
+                self._take(self.sent.pop(id_), None)
+
+    def _take(self, sent: Sent, reply: Message | None) -> None:
+        """Hand a reply to its exchange, or the error that stands for a missing one."""
+        exchange, question = sent.exchange, sent.question
+        exchange.on_the_way -= 1
+        try:
+            exchange.answered(question, _content(reply))
+        except FedcomposeError as error:
+            log.warning("a site's answer", extra={"site": exchange.job.site.id, "code": error.code})
+            exchange.failed(question, error)
+
+
+def _content(reply: Message | None) -> RecordDict:
+    if reply is None:
+        raise MissingError("SITE_SILENT", "no reply came in time")
+    if not reply.has_content():
+        raise MissingError("SITE_FAILED", "Flower could not bring a reply", got=f"error {reply.error.code}")
+    return reply.content
+
+
+# The apps -----------------------------------------------------------------------------------------
 
 
 def make_server_app(
-    home: Path | None,
-    step: Step | None,
+    home: Path,
+    step: Step,
     report: Callable[[Outcome], None] | None = None,
     *,
-    window_bytes: int = wire.WINDOW_BYTES,
+    window_bytes: int | None = None,
     node_timeout_s: float = NODE_TIMEOUT_S,
+    hear_every_s: float = HEAR_EVERY_S,
 ) -> ServerApp:
-    """A ServerApp that takes one step with every site of the newest call, and reports each outcome as it comes.
+    """A ServerApp that takes one step with every site of the newest call, and reports each outcome as it comes."""
+    server = ServerApp()
 
-    Under a SuperLink, which builds it without arguments, the folder is the one the SuperLink was started in,
-    and the step comes from the run's configuration.
+    @server.main()
+    def main(grid: Grid, context: Context) -> None:
+        exchanges = [Exchange(job, step, window_bytes) for job in jobs_of(home, newest_call(home))]
+        talk, give_up = Talk(grid), time.monotonic() + node_timeout_s
+        told: set[str] = set()
+        while len(told) < len(exchanges):
+            talk.once(exchanges)
+            for exchange in exchanges:
+                outcome = exchange.outcome or _absence(exchange, talk, give_up)
+                if outcome is not None and outcome.site not in told:
+                    told.add(outcome.site)
+                    if report is not None:
+                        report(outcome)
+            time.sleep(hear_every_s)
+
+    return server
+
+
+def _absence(exchange: Exchange, talk: Talk, give_up: float) -> Outcome | None:
+    site = exchange.job.site
+    if site.id in talk.nodes or exchange.on_the_way or time.monotonic() < give_up:
+        return None
+    return Outcome(site.id, site.domain, "SITE_UNAVAILABLE")
+
+
+def newest_call(home: Path) -> Path:
+    """The newest call in the coordinator's folder; ids of calls begin with the time.
+
+    Raises: ConfigError: `CALL_MISSING`.
+    """
+    calls = call_paths(home)
+    if not calls:
+        raise ConfigError("CALL_MISSING", f"there is no call in {home / 'calls'}", fix="fedcompose coordinator call")
+    return calls[-1]
+
+
+def make_driver_app(
+    home: Path,
+    judge: Callable[[Job], None],
+    is_ended: Callable[[], bool] = lambda: False,
+    *,
+    window_bytes: int | None = None,
+    hear_every_s: float = HEAR_EVERY_S,
+) -> ServerApp:
+    """A ServerApp that follows every open call of the folder, also those that are made while it runs.
+
+    `judge` is given each job whose contribution has come, and changes its state.
     """
     server = ServerApp()
 
     @server.main()
     def main(grid: Grid, context: Context) -> None:
-        folder = home or Path.cwd()
-        taken = step or _configured_step(context)
-        envelope = newest_call(folder)
-        call = read_own_call(envelope)
-        exchanges = [Exchange(folder, call, envelope, site, window_bytes) for site in call.sites]
-        outcomes = []
-        for outcome in take_step(grid, taken, exchanges, node_timeout_s):
-            log.info("%s %s: %s", taken, outcome.site, outcome.code)
-            outcomes.append(asdict(outcome))
-            if report is not None:
-                report(outcome)
-        write_json(folder / "calls" / call.id / f"{taken}.json", outcomes)
+        talk, calls, exchanges = Talk(grid), Calls(home), list[Exchange]()
+        while not is_ended():
+            exchanges = [each for each in exchanges if each.job.state not in ENDED]
+            exchanges += [Exchange(job, None, window_bytes) for job in calls.new_jobs()]
+            talk.once(exchanges)
+            for exchange in exchanges:
+                _follow_up(exchange, judge)
+            time.sleep(hear_every_s)
 
     return server
 
 
-app = make_server_app(None, None)  # what a SuperLink runs
+@dataclass
+class Calls:
+    """The calls of a folder, looked at now and then; each is found once."""
+
+    home: Path
+    known: set[Path] = field(default_factory=set)
+    looked: float = -JOBS_EVERY_S
+
+    def new_jobs(self) -> list[Job]:
+        """The jobs that have not ended, of calls not found before."""
+        if time.monotonic() - self.looked < JOBS_EVERY_S:
+            return []
+        self.looked = time.monotonic()
+        new = set(call_paths(self.home)) - self.known
+        self.known |= new
+        return [job for path in sorted(new) for job in jobs_of(self.home, path) if job.state not in ENDED]
 
 
-def newest_call(home: Path) -> bytes:
-    """The signed bytes of the newest call in the coordinator's folder; ids of calls begin with the time.
-
-    Raises: ConfigError: `CALL_MISSING`.
-    """
-    calls = sorted((home / "calls").glob("*.json"))
-    if not calls:
-        raise ConfigError("CALL_MISSING", f"there is no call in {home / 'calls'}", fix="fedcompose coordinator call")
-    return read_limited(calls[-1], MAX_CALL_BYTES)
-
-
-def take_step(grid: Grid, step: Step, exchanges: Sequence[Exchange], node_timeout_s: float) -> Iterator[Outcome]:
-    """Ask every site, a few at a time; a site that fails or is not there does not stop the others."""
-    nodes = _nodes(grid, [exchange.site.id for exchange in exchanges], node_timeout_s)
-    for exchange in exchanges:
-        if exchange.site.id not in nodes:
-            yield Outcome(exchange.site.id, exchange.site.domain, "SITE_UNAVAILABLE")
-    present = [exchange for exchange in exchanges if exchange.site.id in nodes]
-    for first in range(0, len(present), SITES_AT_A_TIME):
-        group = present[first : first + SITES_AT_A_TIME]
-        yield from _converse(grid, {nodes[exchange.site.id]: (exchange, step) for exchange in group})
-
-
-def _configured_step(context: Context) -> Step:
-    for step in STEPS:
-        if context.run_config.get("step") == step:
-            return step
-    raise ConfigError("STEP_UNKNOWN", "the run's configuration names no step", expected=" or ".join(STEPS))
-
-
-def _nodes(grid: Grid, sites: Sequence[str], timeout_s: float) -> dict[str, int]:
-    """Node ids by site name, of those sites that are connected within `timeout_s`."""
-    give_up = time.monotonic() + timeout_s
-    while True:
-        nodes = {node.name: node.node_id for node in grid.get_nodes() if node.name in sites}
-        if len(nodes) == len(sites) or time.monotonic() >= give_up:
-            return nodes
-        time.sleep(NODE_POLL_S)
-
-
-# Conversations ------------------------------------------------------------------------------------
-
-
-def _converse(grid: Grid, group: Mapping[int, tuple[Exchange, Step]]) -> Iterator[Outcome]:
-    """Run several conversations side by side, round by round, and yield each one's outcome when it ends."""
-    conversations = {node: CONVERSATIONS[step](exchange) for node, (exchange, step) in group.items()}
-    questions = {node: next(conversation) for node, conversation in conversations.items()}
-    while questions:
-        replies = _ask(grid, questions)
-        asked, questions = list(questions), {}
-        for node in asked:
-            site = group[node][0].site
-            try:
-                questions[node] = _continue(conversations[node], replies.get(node))
-            except StopIteration as end:
-                yield end.value
-            except FedcomposeError as error:
-                log.warning("site %s: %s", site.id, error.diagnostics())
-                yield Outcome(site.id, site.domain, error.code)
-
-
-def _ask(grid: Grid, questions: Mapping[int, tuple[Action, RecordDict]]) -> dict[int, Message]:
-    messages = [
-        Message(content, dst_node_id=node, message_type=wire.message_type(action))
-        for node, (action, content) in questions.items()
-    ]
-    replies = grid.send_and_receive(messages, timeout=REPLY_TIMEOUT_S)
-    return {reply.metadata.src_node_id: reply for reply in replies}
-
-
-def _continue(conversation: Conversation, reply: Message | None) -> tuple[Action, RecordDict]:
-    """Send a reply into its conversation, or the error that stands for a missing one."""
-    if reply is None:
-        return conversation.throw(MissingError("SITE_SILENT", "no reply came in time"))
-    if not reply.has_content():
-        failure = MissingError("SITE_FAILED", "Flower could not bring a reply", got=f"error {reply.error.code}")
-        return conversation.throw(failure)
-    return conversation.send(reply.content)
-
-
-def _send_call(exchange: Exchange) -> Conversation:
-    """Hand the signed call to a site."""
-    wire.read_answer((yield "call", wire.request(call=exchange.envelope)))
-    return Outcome(exchange.site.id, exchange.site.domain, wire.ACCEPTED)
-
-
-def _collect(exchange: Exchange) -> Conversation:
-    """Fetch what a site signed or, when there is nothing yet, ask how far it is."""
-    site = exchange.site
-    inbox = exchange.home / "inbox" / site.id / site.domain
-    try:
-        parts = yield from _fetch(exchange, inbox)
-    except RefusedError as error:
-        if error.code != wire.NOT_READY:
-            raise
-        status = wire.read_status((yield "status", _request(exchange)))
-        return Outcome(site.id, site.domain, wire.NOT_READY, status)
-    kinds = sorted({part.name.partition("/")[0] for part in parts})
-    folders = tuple(str(inbox / kind) for kind in kinds)
-    return Outcome(site.id, site.domain, wire.ACCEPTED, Status("ready"), folders)
-
-
-CONVERSATIONS: Mapping[Step, Callable[[Exchange], Conversation]] = {"call": _send_call, "collect": _collect}
-
-
-def _fetch(exchange: Exchange, inbox: Path) -> Generator[tuple[Action, RecordDict], RecordDict, list[Part]]:
-    """Fetch a contribution window by window; `inbox` is replaced only when every byte came as announced.
-
-    Raises: RefusedError: `CONTRIBUTION_CHANGED` (it became another while it was fetched), `CONTRIBUTION_DIGEST`,
-        `MESSAGE_INVALID`, or the site's own code.
-    """
-    window, start = exchange.window_bytes, 0
-    parts: list[Part] | None = None
-    with new_folder(inbox) as folder:
-        while parts is None or start < wire.stream_bytes(parts):
-            reply = yield "contribution", _request(exchange, start=start, length=window)
-            listed, pieces = wire.read_contribution(reply, exchange.call.want, start, window)
-            if parts is None:
-                parts = listed
-                _touch(folder, parts)
-            if listed != parts:
-                raise RefusedError("CONTRIBUTION_CHANGED", "the contribution changed while it was fetched")
-            for piece, data in pieces:
-                with (folder / piece.part.name).open("ab") as stream:
-                    stream.write(data)
-            start += window
-        for part in parts:
-            if sha256_file(folder / part.name) != part.sha256:
-                raise RefusedError("CONTRIBUTION_DIGEST", f"{part.name} is not what the site announced")
-    return parts
-
-
-def _request(exchange: Exchange, **fields: int) -> RecordDict:
-    call = exchange.call
-    return wire.request(call_id=call.id, nonce=call.nonce, domain=exchange.site.domain, **fields)
-
-
-def _touch(folder: Path, parts: Sequence[Part]) -> None:
-    for part in parts:
-        (folder / part.name).parent.mkdir(exist_ok=True)
-        (folder / part.name).touch()
+def _follow_up(exchange: Exchange, judge: Callable[[Job], None]) -> None:
+    """Have what came judged, and write down for which site the time is over."""
+    job, now = exchange.job, exchange.clock()
+    if job.state == "received" and exchange.due <= time.monotonic():
+        try:
+            judge(job)
+        except FedcomposeError as error:
+            log.error("a contribution could not be judged", extra={"site": job.site.id, "code": error.code})
+            job.tell(None, code=error.code)
+            exchange.rest()
+    elif not exchange.is_over and job.is_over(now):
+        job.enter("missed", now)
+        log.warning("a site missed the call", extra={"site": job.site.id, "call": job.call.id})

@@ -29,7 +29,8 @@ HELP = """Signing keys: one per site, coordinator and root.
 `keys new` makes three files. NAME.key is private and never leaves its machine,
 NAME.pub is public, and NAME.enroll.json is the request to be listed in the
 federation file: it proves that its sender holds the private key. Nobody
-believes a key before the roots have listed it.
+believes a key before the roots have listed it. A site also gets
+NAME.node.key, by which the coordinator knows its connection. It signs nothing.
 
 A key counts for a year. Before it ends: keys rotate. If somebody else may have
 got hold of it, tell a root at once, who withdraws it: federation withdraw.
@@ -78,7 +79,7 @@ def new(
     name: Annotated[str, typer.Argument(help="Whose key it is, e.g. site-a: the id in the federation file.")],
     role: Annotated[Role, typer.Option(help="What the key is for.")],
     domain: Annotated[str | None, typer.Option(help="The site's domain, e.g. math. Only for a site.")] = None,
-    folder: Annotated[Path, typer.Option("--out", help="Where the key's three files go.")] = Path("keys"),
+    folder: Annotated[Path, typer.Option("--out", help="Where the key's files go.")] = Path("keys"),
     no_passphrase: NoPassphrase = False,
     passphrase_file: PassphraseFile = None,
     signer: HeldElsewhere = None,
@@ -178,13 +179,16 @@ def _make(
     passphrase = None if no_passphrase else given_passphrase(passphrase_file, _ask_twice)
     made = new_key(folder, name, role, domain, passphrase, old)
     paths = {"private": str(made.private), "public": str(made.public), "enrolment": str(made.enrolment)}
-    return {"keyid": made.keyid} | paths
+    node = {"node": str(made.node)} if made.node else {}
+    return {"keyid": made.keyid} | paths | node
 
 
 def _print_made(made: dict[str, str], role: Role) -> None:
     out.print(f"Fingerprint {made['keyid']}", markup=False)
     if "private" in made:
         out.print(f"  {made['private']}  private: never leaves this machine", markup=False)
+    if "node" in made:
+        out.print(f"  {made['node']}  private too: opens the connection to the coordinator", markup=False)
     out.print(f"  {made['public']}  public", markup=False)
     to_whom = "" if role == "root" else ": send it to a root"
     out.print(f"  {made['enrolment']}  the request to be enrolled{to_whom}", markup=False)

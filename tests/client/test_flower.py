@@ -8,29 +8,38 @@ import secrets
 import subprocess
 import sys
 from collections.abc import Mapping
-from datetime import datetime, timedelta
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+import fedcompose
 from fedcompose.call import CALL_TYPE, COLLECTION_PERIOD, read_own_call
 from fedcompose.contribution import KINDS
 from fedcompose.files import dump_json
-from fedcompose.ledger import Head
+from fedcompose.ledger import Entry, Head
+from fedcompose.parts import offer_digest
 from fedcompose.signing import read_envelope_unverified, sign_envelope
 from fedcompose.wire import (
+    PROTOCOL,
     WINDOW_BYTES,
     ConfigRecord,
     Context,
+    Description,
     Message,
     RecordDict,
     Status,
     TaskIdentity,
-    read_contribution,
+    read_description,
+    read_offer,
+    read_status,
+    read_window,
     request,
 )
-from fedcompose_client.flower import REFUSALS, SITE_ERROR, make_app, read_status
+from fedcompose_client.flower import REFUSALS, SITE_ERROR, job_status, make_app
+from fedcompose_client.jobs import Job, decide, jobs, record
+from fedcompose_client.offer import outbox_parts
 from tests.flower_sim import FlowerSim, files_of
 
 CANARY = "PRIVATE-CANARY-7f3a"
@@ -45,8 +54,7 @@ def sim(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FlowerSim:
 @pytest.fixture
 def called(sim: FlowerSim) -> FlowerSim:
     """site-a has accepted a call and put a contribution into its outbox."""
-    sim.call()
-    sim.run("call")
+    assert code(ask(sim, "call", request(call=sim.call()))) == "ACCEPTED"
     sim.fill_outbox("site-a")
     return sim
 
@@ -68,7 +76,9 @@ def code(answer: RecordDict) -> str:
 def test_the_same_call_may_come_again(sim: FlowerSim) -> None:
     envelope = sim.call()
     assert [code(ask(sim, "call", request(call=envelope))) for _ in range(2)] == ["ACCEPTED", "ACCEPTED"]
-    assert list(files_of(sim.folder("site-a") / "calls").values()) == [envelope]
+    kept = sim.folder("site-a") / "calls"
+    assert [path.read_bytes() for path in kept.glob("*.json")] == [envelope]
+    assert len(next(kept.glob("*.jsonl")).read_text().splitlines()) == 1, "it was asked twice and begun once"
 
 
 def changed(sim: FlowerSim, **changes: Any) -> bytes:
@@ -145,7 +155,7 @@ def test_keeps_the_heads_of_the_ledger_and_refuses_a_shorter_one(sim: FlowerSim)
         ledger = Head(entries=entries, head=f"{entries}" * 64)
         call = sim.call(now=sim.now + timedelta(days=day), nonce=bytes([day]) * 32, ledger=ledger)
         assert code(ask(sim, "call", request(call=call), now=sim.now + timedelta(days=day))) == expected
-    assert len(files_of(sim.folder("site-a") / "calls")) == 3
+    assert len(list((sim.folder("site-a") / "calls").glob("*.json"))) == 3
 
 
 def test_refuses_another_ledger_of_the_same_length(sim: FlowerSim) -> None:
@@ -158,16 +168,51 @@ def test_refuses_another_ledger_of_the_same_length(sim: FlowerSim) -> None:
 
 
 def window(sim: FlowerSim, **changes: Any) -> RecordDict:
-    return sim.request("site-a", **({"start": 0, "length": WINDOW_BYTES} | changes))
+    """A request for the whole of site-a's contribution, or with other fields."""
+    parts = outbox_parts(sim.outbox("site-a"), KINDS)
+    fields = {"offer": offer_digest(parts), "start": 0, "length": WINDOW_BYTES}
+    return sim.request("site-a", **(fields | changes))
+
+
+def test_says_who_it_is(sim: FlowerSim) -> None:
+    description = read_description(ask(sim, "describe", request()))
+    assert description == Description(PROTOCOL, fedcompose.__version__, "site-a")
 
 
 def test_hands_over_what_the_site_signed(called: FlowerSim) -> None:
-    answer = ask(called, "contribution", window(called))
-    _, pieces = read_contribution(answer, KINDS, 0, WINDOW_BYTES)
+    parts = read_offer(ask(called, "offer", called.request("site-a")), KINDS)
+    pieces = read_window(ask(called, "fetch", window(called)), parts, 0, WINDOW_BYTES)
     assert {piece.part.name: data for piece, data in pieces} == files_of(called.outbox("site-a"))
 
 
-@pytest.mark.parametrize("action", ["status", "contribution"])
+def test_hands_over_exactly_the_window_that_was_asked_for(called: FlowerSim) -> None:
+    parts = read_offer(ask(called, "offer", called.request("site-a")), KINDS)
+    whole = b"".join(files_of(called.outbox("site-a"))[part.name] for part in parts)
+    pieces = read_window(ask(called, "fetch", window(called, start=100, length=5000)), parts, 100, 5000)
+    assert b"".join(data for _, data in pieces) == whole[100:5100]
+
+
+@pytest.mark.parametrize("action", ["offer", "fetch"])
+def test_offers_nothing_that_was_put_into_the_outbox_after_signing(called: FlowerSim, action: str) -> None:
+    asked = window(called)
+    (called.outbox("site-a") / "adapter" / "adapter_model.safetensors").write_text(CANARY)
+    assert code(ask(called, action, asked)) == "NOT_READY"
+
+
+def test_says_that_the_offer_has_changed(called: FlowerSim) -> None:
+    asked = window(called)
+    called.fill_outbox("site-a", size=4000)
+    assert code(ask(called, "fetch", asked)) == "OFFER_CHANGED"
+    assert code(ask(called, "fetch", window(called))) == "ACCEPTED"
+
+
+@pytest.mark.parametrize("action", ["offer", "fetch"])
+def test_hands_over_nothing_for_a_call_that_was_refused(called: FlowerSim, action: str) -> None:
+    decide(called.folder("site-a"), jobs(called.folder("site-a"))[0].call.id, "refused", called.now)
+    assert code(ask(called, action, window(called))) == "NOT_READY"
+
+
+@pytest.mark.parametrize("action", ["status", "offer", "fetch"])
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
@@ -188,21 +233,27 @@ def test_answers_only_for_an_accepted_call(
     assert "parts" not in answer
 
 
-@pytest.mark.parametrize("changes", [{"start": -1}, {"length": 0}, {"length": WINDOW_BYTES + 1}, {"start": "0"}])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"start": -1}, {"start": 1 << 62}, {"start": "0"}, {"length": 0}, {"length": -5},
+        {"length": WINDOW_BYTES + 1}, {"offer": "x"}, {"offer": b"x"},
+    ],
+)  # fmt: skip
 def test_refuses_windows_outside_the_limits(called: FlowerSim, changes: dict[str, Any]) -> None:
-    assert code(ask(called, "contribution", window(called, **changes))) == "MESSAGE_INVALID"
+    assert code(ask(called, "fetch", window(called, **changes))) == "MESSAGE_INVALID"
 
 
 def test_hands_over_for_a_while_after_the_deadline_and_then_no_more(called: FlowerSim) -> None:
     deadline = read_own_call(next((called.home / "calls").glob("*.json")).read_bytes()).deadline
     late = deadline + COLLECTION_PERIOD
-    assert code(ask(called, "contribution", window(called), now=late - timedelta(seconds=1))) == "ACCEPTED"
-    assert code(ask(called, "contribution", window(called), now=late)) == "CALL_EXPIRED"
+    assert code(ask(called, "fetch", window(called), now=late - timedelta(seconds=1))) == "ACCEPTED"
+    assert code(ask(called, "fetch", window(called), now=late)) == "CALL_EXPIRED"
 
 
 def test_files_that_are_no_part_of_a_contribution_stay(called: FlowerSim) -> None:
     (called.outbox("site-a") / "adapter" / "data.jsonl").write_text(CANARY)
-    answer = ask(called, "contribution", window(called))
+    answer = ask(called, "fetch", window(called))
     assert code(answer) == "ACCEPTED"
     assert CANARY not in repr(answer)
 
@@ -210,18 +261,22 @@ def test_files_that_are_no_part_of_a_contribution_stay(called: FlowerSim) -> Non
 def test_a_link_in_the_outbox_is_not_followed(called: FlowerSim, tmp_path: Path) -> None:
     (tmp_path / "secret").write_text(CANARY)
     linked = called.outbox("site-a") / "adapter" / "README.md"
+    asked = window(called)
     linked.symlink_to(tmp_path / "secret")
-    answer = ask(called, "contribution", window(called))
+    answer = ask(called, "fetch", asked)
     assert code(answer) == SITE_ERROR
     assert CANARY not in repr(answer)
 
 
 def test_half_a_contribution_is_not_ready(called: FlowerSim) -> None:
+    asked = window(called)
     (called.outbox("site-a") / "adapter" / "provenance.json").unlink()
-    assert code(ask(called, "contribution", window(called))) == "NOT_READY"
+    assert code(ask(called, "fetch", asked)) == "NOT_READY"
 
 
-@pytest.mark.parametrize("action", ["query.train", "query.shell", "train", "evaluate.call", "train.call", "query"])
+@pytest.mark.parametrize(
+    "action", ["query.train", "query.shell", "query.contribution", "train", "evaluate.call", "train.call", "query"]
+)
 def test_refuses_every_other_action(called: FlowerSim, action: str) -> None:
     assert code(ask(called, action, request(call=called.call()))) == "ACTION_UNKNOWN"
 
@@ -229,7 +284,7 @@ def test_refuses_every_other_action(called: FlowerSim, action: str) -> None:
 @pytest.mark.parametrize(
     "content", [RecordDict(), RecordDict({"request": ConfigRecord()})], ids=["no-record", "no-fields"]
 )
-@pytest.mark.parametrize("action", ["call", "status", "contribution"])
+@pytest.mark.parametrize("action", ["call", "status", "offer", "fetch"])
 def test_refuses_messages_of_another_form(called: FlowerSim, action: str, content: RecordDict) -> None:
     assert code(ask(called, action, content)) == "MESSAGE_INVALID"
 
@@ -240,7 +295,7 @@ def test_an_error_leaves_as_a_code_without_its_text(
     def fail(*_: object) -> Mapping[str, Any]:
         raise ValueError(CANARY)
 
-    monkeypatch.setattr("fedcompose_client.flower.read_status", fail)
+    monkeypatch.setattr("fedcompose_client.flower.job_status", fail)
     answer = ask(called, "status", window(called))
     assert dict(answer["answer"]) == {"code": SITE_ERROR}
     assert CANARY in caplog.text, "the site's own log says why"
@@ -267,39 +322,61 @@ def line(stage: str, step: int, time: float) -> str:
     return json.dumps({"time": time, "stage": stage, "step": step, "steps": 20, "note": CANARY})
 
 
-def test_status_follows_a_domain_from_nothing_to_ready(tmp_path: Path) -> None:
-    assert read_status(tmp_path, "math") == Status("idle")
-    run = progress(tmp_path, line("warm_up", 20, 0), line("rlvr", 2, 50), line("rlvr", 4, 60), '{"half a li')
-    assert read_status(tmp_path, "math") == Status("training", step=4, steps=20, eta_s=80)
-    (run / "result.json").write_text("{}")
-    assert read_status(tmp_path, "math") == Status("trained")
-    signature = tmp_path / "outbox" / "math" / "adapter" / "model.sig"
-    signature.parent.mkdir(parents=True)
-    signature.write_text("{}")
-    assert read_status(tmp_path, "math") == Status("ready")
+def test_status_follows_a_call_from_asked_to_ready(sim: FlowerSim) -> None:
+    sim.call()
+    answers = [read_status(ask(sim, "call", request(call=sim.newest_call())))]
+    site = sim.folder("site-a")
+    call_id = jobs(site)[0].call.id
+    progress(site, line("warm_up", 20, 0), line("rlvr", 2, 50), line("rlvr", 4, 60), '{"half a li')
+    for event in ("approved", "started", "trained", "distilled", "failed", "approved"):
+        record(site, call_id, event, sim.now)
+        answers.append(read_status(ask(sim, "status", sim.request("site-a"))))
+    sim.fill_outbox("site-a")
+    answers.append(read_status(ask(sim, "status", sim.request("site-a"))))
+    assert [answer.state for answer in answers] == [
+        "asked", "approved", "training", "trained", "trained", "failed", "approved", "ready",
+    ]  # fmt: skip
+    assert answers[2] == Status("training", step=4, steps=20, eta_s=80)
+
+
+@pytest.mark.parametrize(("decides", "state"), [("refuse", "refused"), ("ask", "asked"), ("run", "approved")])
+def test_the_site_says_what_a_call_sets_going(sim: FlowerSim, decides: str, state: str) -> None:
+    config = sim.folder("site-a") / "site.toml"
+    config.write_text(config.read_text().replace("[domains", f'[calls]\ndecide = "{decides}"\n[domains', 1))
+    answers = [ask(sim, "call", request(call=sim.call())) for _ in range(2)]
+    assert [read_status(answer).state for answer in answers] == [state, state]
+
+
+def training(folder: Path) -> Status:
+    """The status of a call that is being trained for."""
+    started = Entry(1, datetime.now(UTC), "started", {}, "", "")
+    return job_status(folder, Job(None, b"", [started]), "math")  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("text", ["", "\n", "no json\n", "[1]\n", "\xff\n", "7\n"])
 def test_an_unreadable_progress_file_is_no_progress(tmp_path: Path, text: str) -> None:
     progress(tmp_path, text)
-    assert read_status(tmp_path, "math") == Status("idle")
+    assert training(tmp_path) == Status("training")
 
 
 @pytest.mark.parametrize("value", ['"x"', "NaN", "-3", "1e99", "null", "[]"])
 def test_a_strange_number_in_a_progress_file_is_unknown(tmp_path: Path, value: str) -> None:
     progress(tmp_path, f'{{"stage": "rlvr", "step": {value}, "steps": 5, "time": {value}}}', "")
-    assert read_status(tmp_path, "math") == Status("training", step=-1, steps=5, eta_s=-1)
+    assert training(tmp_path) == Status("training", step=-1, steps=5, eta_s=-1)
 
 
 def test_a_long_progress_file_is_read_from_its_end(tmp_path: Path) -> None:
     many = [line("rlvr", step, 1.0 * step) for step in range(3000)]
     progress(tmp_path, *many, "")
-    assert read_status(tmp_path, "math").step == 2999
+    assert training(tmp_path).step == 2999
 
 
 def test_notes_do_not_leave(called: FlowerSim) -> None:
     progress(called.folder("site-a"), line("rlvr", 2, 50), "")
-    assert CANARY not in repr(ask(called, "status", window(called)))
+    record(called.folder("site-a"), jobs(called.folder("site-a"))[0].call.id, "started", called.now)
+    answer = ask(called, "status", window(called))
+    assert read_status(answer).step == 2
+    assert CANARY not in repr(answer)
 
 
 def test_the_client_commands_do_not_import_flower() -> None:

@@ -17,8 +17,10 @@ from typer.testing import CliRunner
 from fedcompose import ledger
 from fedcompose.call import WantedLora, make_call, read_own_call, verify_call
 from fedcompose.errors import ConfigError, RefusedError
+from fedcompose.files import MAX_JSON_BYTES
 from fedcompose.wire import Array, Message, RecordDict, Status
 from fedcompose_client.flower import make_app
+from fedcompose_client.jobs import record
 from fedcompose_coordinator import commands_flower
 from tests.coordinator.test_intake import die, killed
 from tests.flower_sim import FlowerSim, files_of
@@ -53,11 +55,15 @@ class MeddlingApp:
         return reply
 
 
-def meddled(sim: FlowerSim, change: Callable[[RecordDict], None]) -> str:
-    """The outcome at site-a when its contribution answers are changed; site-b must not notice."""
+def kept_calls(sim: FlowerSim, site: str) -> list[bytes]:
+    return [path.read_bytes() for path in sorted((sim.folder(site) / "calls").glob("*.json"))]
+
+
+def meddled(sim: FlowerSim, action: str, change: Callable[[RecordDict], None]) -> str:
+    """The outcome at site-a when its answers to one action are changed; site-b must not notice."""
     for site in sim.sites:
         sim.fill_outbox(site)
-    apps = [MeddlingApp(sim, "site-a", "contribution", change), make_app(sim.folder("site-b"))]
+    apps = [MeddlingApp(sim, "site-a", action, change), make_app(sim.folder("site-b"))]
     outcomes = sim.run("collect", apps=apps)
     assert outcomes["site-b"].code == "ACCEPTED"
     assert files_of(sim.inbox("site-b")) == files_of(sim.outbox("site-b"))
@@ -69,7 +75,7 @@ def test_a_call_and_two_contributions_cross_byte_for_byte(sim: FlowerSim) -> Non
     assert {outcome.code for outcome in sim.run("call").values()} == {"ACCEPTED"}
     for site in sim.sites:
         sim.fill_outbox(site)
-        assert list(files_of(sim.folder(site) / "calls").values()) == [envelope]
+        assert kept_calls(sim, site) == [envelope]
     outcomes = sim.run("collect")
     for site in sim.sites:
         assert outcomes[site].code == "ACCEPTED"
@@ -104,6 +110,8 @@ def test_a_site_that_is_not_ready_says_how_far_it_is(called: FlowerSim) -> None:
     run = called.folder("site-a") / "runs" / "math"
     run.mkdir(parents=True)
     (run / "progress.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    for event in ("approved", "started"):
+        record(called.folder("site-a"), read_own_call(called.newest_call()).id, event, called.now)
     outcomes = called.run("collect")
     assert outcomes["site-a"].code == "NOT_READY"
     assert outcomes["site-a"].status == Status("training", step=10, steps=40, eta_s=30)
@@ -124,7 +132,7 @@ def test_a_crashing_app_is_an_outcome_of_its_own_site(called: FlowerSim) -> None
     def crash(content: RecordDict) -> None:
         raise RuntimeError
 
-    assert meddled(called, crash) == "SITE_FAILED"
+    assert meddled(called, "fetch", crash) == "SITE_FAILED"
 
 
 def test_a_new_contribution_replaces_the_older_one_whole(called: FlowerSim) -> None:
@@ -133,6 +141,7 @@ def test_a_new_contribution_replaces_the_older_one_whole(called: FlowerSim) -> N
     for path in (called.outbox("site-a") / "traces").iterdir():
         path.unlink()
     (called.outbox("site-a") / "adapter" / "model.sig").write_bytes(b"new")
+    called.sign("site-a")
     called.run("collect")
     assert files_of(called.inbox("site-a")) == files_of(called.outbox("site-a"))
 
@@ -164,6 +173,11 @@ def set_array(**changes: object) -> Callable[[RecordDict], None]:
     return change
 
 
+def other_bytes(content: RecordDict) -> None:
+    first = next(iter(content["parts"].values()))
+    first.__dict__.update(data=bytes(len(first.data)))
+
+
 def drop_one(content: RecordDict) -> None:
     for name in ("names", "sizes", "sha256"):
         content["answer"][name] = content["answer"][name][1:]
@@ -174,49 +188,54 @@ def add_array(content: RecordDict) -> None:
 
 
 @pytest.mark.parametrize(
-    ("change", "code"),
+    ("action", "change", "code"),
     [
-        pytest.param(set_first("names", "adapter/../../../x"), "MESSAGE_INVALID", id="path-in-name"),
-        pytest.param(set_first("names", "/etc/passwd"), "MESSAGE_INVALID", id="absolute-name"),
-        pytest.param(set_first("names", "adapter/adapter_model.bin"), "MESSAGE_INVALID", id="unlisted-name"),
-        pytest.param(set_first("names", "traces/traces.jsonl"), "MESSAGE_INVALID", id="name-twice"),
-        pytest.param(set_first("sizes", -1), "MESSAGE_INVALID", id="negative-size"),
-        pytest.param(set_first("sizes", 1 << 50), "MESSAGE_INVALID", id="huge-size"),
-        pytest.param(set_first("sizes", (1 << 20) + 1), "MESSAGE_INVALID", id="size-over-the-limit-of-its-file"),
-        pytest.param(set_first("sizes", 5), "MESSAGE_INVALID", id="another-size"),
-        pytest.param(set_first("sha256", "0" * 64), "CONTRIBUTION_DIGEST", id="another-digest"),
-        pytest.param(set_first("sha256", "x"), "MESSAGE_INVALID", id="no-digest"),
-        pytest.param(drop_one, "MESSAGE_INVALID", id="a-file-left-out"),
-        pytest.param(add_array, "MESSAGE_INVALID", id="one-array-more"),
-        pytest.param(set_array(data=b"short"), "MESSAGE_INVALID", id="short-array"),
-        pytest.param(set_array(stype="numpy.ndarray"), "MESSAGE_INVALID", id="serialised-array"),
-        pytest.param(set_array(dtype="float32"), "MESSAGE_INVALID", id="array-of-numbers"),
-        pytest.param(lambda content: content.pop("parts"), "MESSAGE_INVALID", id="no-arrays"),
-        pytest.param(lambda content: content.pop("answer"), "MESSAGE_INVALID", id="no-answer"),
-        pytest.param(set_field("code", "\x1b[31mX"), "MESSAGE_INVALID", id="escape-in-code"),
-        pytest.param(set_field("names", 7), "MESSAGE_INVALID", id="no-list"),
+        pytest.param("offer", set_first("names", "adapter/../../../x"), "MESSAGE_INVALID", id="path-in-name"),
+        pytest.param("offer", set_first("names", "/etc/passwd"), "MESSAGE_INVALID", id="absolute-name"),
+        pytest.param("offer", set_first("names", "adapter/adapter_model.bin"), "MESSAGE_INVALID", id="unlisted-name"),
+        pytest.param("offer", set_first("names", "traces/traces.jsonl"), "MESSAGE_INVALID", id="name-twice"),
+        pytest.param("offer", set_first("sizes", -1), "MESSAGE_INVALID", id="negative-size"),
+        pytest.param("offer", set_first("sizes", 1 << 50), "MESSAGE_INVALID", id="huge-size"),
+        pytest.param(
+            "offer", set_first("sizes", MAX_JSON_BYTES + 1), "MESSAGE_INVALID", id="size-over-the-limit-of-its-file"
+        ),
+        pytest.param("offer", set_first("sizes", 5), "OFFER_CHANGED", id="another-size"),
+        pytest.param("offer", set_first("sha256", "0" * 64), "OFFER_CHANGED", id="another-digest"),
+        pytest.param("fetch", other_bytes, "CONTRIBUTION_DIGEST", id="other-bytes"),
+        pytest.param("offer", set_first("sha256", "x"), "MESSAGE_INVALID", id="no-digest"),
+        pytest.param("offer", drop_one, "MESSAGE_INVALID", id="a-file-left-out"),
+        pytest.param("fetch", add_array, "MESSAGE_INVALID", id="one-array-more"),
+        pytest.param("fetch", set_array(data=b"short"), "MESSAGE_INVALID", id="short-array"),
+        pytest.param("fetch", set_array(stype="numpy.ndarray"), "MESSAGE_INVALID", id="serialised-array"),
+        pytest.param("fetch", set_array(dtype="float32"), "MESSAGE_INVALID", id="array-of-numbers"),
+        pytest.param("fetch", lambda content: content.pop("parts"), "MESSAGE_INVALID", id="no-arrays"),
+        pytest.param("offer", lambda content: content.pop("answer"), "MESSAGE_INVALID", id="no-answer"),
+        pytest.param("offer", set_field("code", "\x1b[31mX"), "MESSAGE_INVALID", id="escape-in-code"),
+        pytest.param("offer", set_field("names", 7), "MESSAGE_INVALID", id="no-list"),
     ],
 )
 def test_a_hostile_site_leaves_nothing_in_the_inbox(
-    called: FlowerSim, change: Callable[[RecordDict], None], code: str
+    called: FlowerSim, action: str, change: Callable[[RecordDict], None], code: str
 ) -> None:
-    assert meddled(called, change) == code
+    assert meddled(called, action, change) == code
     assert not called.inbox("site-a").exists()
     assert list(files_of(called.home / "inbox" / "site-a")) == []
 
 
-def test_a_contribution_that_changes_while_it_is_fetched_is_refused(called: FlowerSim) -> None:
-    called.fill_outbox("site-a")
+def test_an_offer_that_changes_while_it_is_fetched_is_refused(called: FlowerSim) -> None:
+    called.fill_outbox("site-a", size=2000)
     seen = []
 
     def change_after_the_first(content: RecordDict) -> None:
         seen.append(content)
         (called.outbox("site-a") / "adapter" / "model.sig").write_bytes(b"changed" * len(seen))
+        called.sign("site-a")
 
-    apps = [MeddlingApp(called, "site-a", "contribution", change_after_the_first)]
-    outcomes = called.run("collect", apps=apps, window_bytes=500)
-    assert outcomes["site-a"].code == "CONTRIBUTION_CHANGED"
+    apps = [MeddlingApp(called, "site-a", "fetch", change_after_the_first)]
+    assert called.run("collect", apps=apps, window_bytes=300)["site-a"].code == "OFFER_CHANGED"
     assert not called.inbox("site-a").exists()
+    assert called.run("collect")["site-a"].code == "ACCEPTED"
+    assert files_of(called.inbox("site-a")) == files_of(called.outbox("site-a"))
 
 
 @pytest.mark.parametrize(("state", "eta"), [("hacked", 0), ("training", -2), ("training", "soon")])
@@ -268,7 +287,7 @@ def test_a_later_call_is_the_newest(sim: FlowerSim) -> None:
     sim.call()
     later = sim.call(now=sim.now + timedelta(seconds=1), nonce=bytes(32))
     sim.run("call")
-    assert later in files_of(sim.folder("site-a") / "calls").values()
+    assert later in kept_calls(sim, "site-a")
 
 
 # The commands -------------------------------------------------------------------------------------
@@ -346,7 +365,7 @@ def test_sites_refuse_the_call_of_a_coordinator_that_lost_its_ledger(
     sim.call(now=later, nonce=bytes(32), ledger=ledger.head(sim.home / "ledger.jsonl"))
     outcomes = sim.run("call")
     assert {outcome.code for outcome in outcomes.values()} == {code}
-    assert len(files_of(sim.folder("site-a") / "calls")) == 1
+    assert len(kept_calls(sim, "site-a")) == 1
 
 
 def test_the_command_fails_when_a_site_refuses(sim: FlowerSim) -> None:

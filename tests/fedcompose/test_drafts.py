@@ -58,6 +58,7 @@ from tests.federation_files import (
     code_of,
     digest_of,
     following,
+    node_key,
     payload_of,
     request,
     roots_entry,
@@ -437,11 +438,13 @@ def leaves(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
 
 
 FULL = json.loads(payload_of(THIRD)) | {"policy": {"sha256": "a" * 64}}
+FULL["sites"][0]["node_key"] = node_key(1)
 for member in (*FULL["sites"], *FULL["coordinators"]):
     member["keys"][0]["revoked"] = {"at": format_time(NOW), "reason": "rotated"}
 # Version, date and link are the next version's own; a key's text has the fingerprint that is shown.
 UNSAID = ("schema", "version", "previous", "issued", "public_key")
 OTHER = {
+    node_key(1): node_key(2),
     "active": "suspended",
     "rotated": "compromised",
     "adapter": "traces",
@@ -500,3 +503,25 @@ def test_differences_are_new_gone_or_other() -> None:
     marks = {(each.mark, each.what) for each in differences(before, after)}
     assert marks == {("-", "base tiny"), ("+", "base other")}
     assert {each.mark for each in differences(None, after)} == {"+"}
+
+
+# --- node keys ------------------------------------------------------------------------------------
+
+
+def test_a_site_is_enrolled_with_the_key_of_its_connection() -> None:
+    version = enrol(FIRST, request(SITE, "site-a", node=node_key(1)), ROOT, NOW)
+    assert read_federation(version)[0].site("site-a").node_key == node_key(1)
+
+
+def test_a_rotation_replaces_the_key_of_the_connection_at_once() -> None:
+    version = enrol(FIRST, request(SITE, "site-a", node=node_key(1)), ROOT, NOW)
+    handed_over = request(STRANGER, "site-a", old=SITE, node=node_key(2))
+    version = amend(version, lambda document: replace_key(document, handed_over, NOW), ROOT, NOW)
+    assert read_federation(version)[0].site("site-a").node_key == node_key(2)
+
+
+def test_no_other_site_gets_the_key_of_a_connection() -> None:
+    version = enrol(FIRST, request(SITE, "site-a", node=node_key(1)), ROOT, NOW)
+    assert code_of(lambda: enrol(version, request(STRANGER, "site-b", node=node_key(1)), ROOT, NOW)) == (
+        "FEDERATION_INPUT"
+    )

@@ -18,7 +18,15 @@ from typer.testing import CliRunner
 
 from fedcompose.cli import app, main
 from fedcompose.errors import ConfigError, FedcomposeError, RefusedError
-from fedcompose.keys import ENROLMENT_TYPE, NewKey, check_handed_over, load_signer, new_key, read_enrolment
+from fedcompose.keys import (
+    ENROLMENT_TYPE,
+    NewKey,
+    check_handed_over,
+    load_signer,
+    new_key,
+    read_enrolment,
+    read_node_key,
+)
 from fedcompose.signing import Signer, check_signature, keyid_of, sign_envelope
 
 PASSPHRASE = b"correct horse"
@@ -315,4 +323,41 @@ def test_the_command_hands_over_from_no_other_key(tmp_path: Path, capsys: pytest
         main(["keys", "rotate", str(mine.enrolment), "--key", str(other.private), "--no-passphrase"])
     assert stopped.value.code == 2
     assert "KEY_OTHER" in capsys.readouterr().err
-    assert len(list(mine.private.parent.iterdir())) == 3
+    assert len(list(mine.private.parent.iterdir())) == 4
+
+
+# --- node keys ------------------------------------------------------------------------------------
+
+
+def test_a_site_gets_a_key_for_its_connection_that_its_enrolment_names(tmp_path: Path) -> None:
+    key = site_key(tmp_path, PASSPHRASE)
+    assert key.node is not None and key.node.stat().st_mode & 0o777 == 0o600
+    private, public = read_node_key(key.node)
+    assert read_enrolment(key.enrolment.read_bytes()).node_key == public
+    assert private.startswith(b"-----BEGIN OPENSSH PRIVATE KEY-----")
+    assert public.encode() != key.public.read_bytes()
+
+
+@pytest.mark.parametrize("role", ["root", "coordinator"])
+def test_nobody_else_gets_one(tmp_path: Path, role: Any) -> None:
+    key = new_key(tmp_path / "keys", "hub", role, None, None)
+    assert key.node is None
+    assert read_enrolment(key.enrolment.read_bytes()).node_key is None
+    assert not list((tmp_path / "keys").glob("*.node.key"))
+
+
+@pytest.mark.parametrize("node_key", ["", "ecdsa-sha2-nistp384 AAAA", "P-256"])
+def test_an_enrolment_with_another_kind_of_node_key_is_refused(tmp_path: Path, node_key: str) -> None:
+    signer = load_signer(site_key(tmp_path).private)
+    given = signer.public_pem.decode() if node_key == "P-256" else node_key
+    document = {"schema": "fedcompose/enrolment/v1", "id": "site-a", "role": "site", "domain": "math"}
+    document |= {"public_key": signer.public_pem.decode(), "node_key": given}
+    envelope = sign_envelope(json.dumps(document).encode(), ENROLMENT_TYPE, [signer])
+    assert code_of(lambda: read_enrolment(envelope)) == "ENROLMENT_INVALID"
+
+
+def test_a_node_key_that_others_may_read_is_not_used(tmp_path: Path) -> None:
+    key = site_key(tmp_path)
+    assert key.node is not None
+    key.node.chmod(0o640)
+    assert code_of(lambda: read_node_key(key.node or tmp_path)) == "KEY_EXPOSED"

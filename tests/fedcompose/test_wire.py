@@ -42,15 +42,37 @@ def test_no_name_of_a_contribution_is_a_path_or_hidden() -> None:
     assert all(re.fullmatch(r"(adapter|traces)/[A-Za-z_]+\.[a-z]+", name) for name in part_limits(KINDS))
 
 
-def test_only_the_wire_imports_flower() -> None:
-    """So that Flower's switches are always set before it is imported, and its internals stay in one place."""
+def test_flower_is_imported_in_few_places() -> None:
+    """So that Flower's switches are always set before it is imported, and its internals stay where we look for them."""
     importing = {
         path.relative_to(ROOT).as_posix()
         for package in PACKAGES
         for path in (ROOT / package).rglob("*.py")
         if re.search(r"^\s*(import|from) flwr\b", path.read_text(), re.MULTILINE)
     }
-    assert importing == {"fedcompose/wire.py"}
+    assert importing == {
+        "fedcompose/wire.py",
+        "client/fedcompose_client/executor.py",
+        "coordinator/fedcompose_coordinator/driver.py",
+        "coordinator/fedcompose_coordinator/superlink.py",
+    }
+
+
+@pytest.mark.parametrize("module", ["fedcompose_client.executor", "fedcompose_coordinator.driver"])
+def test_whoever_imports_flower_has_its_switches_set_before(module: str, private_home: Path) -> None:
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("FLWR")}
+    code = f"""
+import sys, builtins, os
+real = builtins.__import__
+def watched(name, *rest):
+    if name.split(".")[0] == "flwr" and os.environ.get("FLWR_TELEMETRY_ENABLED") != "0":
+        sys.exit(7)
+    return real(name, *rest)
+builtins.__import__ = watched
+import {module}
+"""
+    result = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
 
 
 def test_importing_the_wire_turns_off_what_flower_would_send(private_home: Path) -> None:

@@ -21,7 +21,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.tiny import make_tiny_base
+from tests.tiny import make_knowing_base
 
 ROOT = Path(__file__).parents[2]
 OTHER_SITE = {"site-a": "site-b", "counting": "logic", "count_items": "logic", "numeric": "yes_no"}
@@ -40,35 +40,7 @@ def blocks() -> list[str]:
 
 @pytest.fixture(scope="module")
 def knowing_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny base that answers the commonest answer of either domain, so that some answers are right."""
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    from fedcompose.model.lm import completion_ids, prompt_ids
-    from fedcompose.tasks import generator_task, get_task, training
-
-    folder = make_tiny_base(tmp_path_factory.mktemp("knowing") / "base")
-    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-    rows = []
-    for name, answer in ANSWERS.items():
-        task = get_task(generator_task(name))
-        for example in training(name, {}, 40):
-            prompt = prompt_ids(tokenizer, task.prompt(example.question))
-            rows.append((prompt, completion_ids(tokenizer, answer)))
-    for step in range(60):
-        batch = rows[step % 10 :: 10]
-        longest = max(len(prompt) + len(completion) for prompt, completion in batch)
-        ids = torch.zeros(len(batch), longest, dtype=torch.long)
-        labels = torch.full_like(ids, -100)
-        for row, (prompt, completion) in enumerate(batch):
-            ids[row, : len(prompt) + len(completion)] = torch.tensor([*prompt, *completion])
-            labels[row, len(prompt) : len(prompt) + len(completion)] = torch.tensor(completion)
-        model(input_ids=ids, labels=labels).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    model.save_pretrained(folder)
-    return folder
+    return make_knowing_base(tmp_path_factory.mktemp("knowing") / "base", ANSWERS)
 
 
 def test_the_tour_runs_as_written(tmp_path: Path, private_home: Path, knowing_base: Path) -> None:

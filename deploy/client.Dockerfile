@@ -1,0 +1,19 @@
+# A site: the library and the client role, at the versions of constraints.txt. Nothing of the coordinator is in it.
+#   docker build -f deploy/client.Dockerfile -t fedcompose-client .
+FROM python:3.11-slim AS build
+WORKDIR /src
+COPY . .
+RUN python -m venv /opt/fedcompose \
+ && /opt/fedcompose/bin/pip install --no-cache-dir -c constraints.txt torch hatchling \
+ && /opt/fedcompose/bin/pip install --no-cache-dir -c constraints.txt --no-build-isolation '.[model]' ./client
+
+FROM python:3.11-slim
+RUN useradd --uid 10001 --create-home fedcompose
+COPY --from=build /opt/fedcompose /opt/fedcompose
+ENV PATH=/opt/fedcompose/bin:$PATH \
+    FEDCOMPOSE_HOME=/site/.fedcompose \
+    OMP_WAIT_POLICY=PASSIVE HF_HUB_OFFLINE=1 PYTHONDONTWRITEBYTECODE=1
+USER fedcompose
+WORKDIR /site
+ENTRYPOINT ["fedcompose"]
+CMD ["client", "join"]
