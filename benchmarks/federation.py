@@ -239,13 +239,15 @@ def plain_tls_copy(parties: Parties) -> float:
 
 
 def send_file(listener: socket.socket, context: ssl.SSLContext, path: Path) -> None:
-    """In a process of its own, as a site's node is."""
-    connection, _ = listener.accept()
-    with context.wrap_socket(connection, server_side=True) as line, path.open("rb") as stream:
-        while data := stream.read(1 << 20):
-            line.sendall(data)
-        line.unwrap()
-    os._exit(0)
+    """In a process of its own, as a site's node is; it never returns."""
+    try:
+        connection, _ = listener.accept()
+        with context.wrap_socket(connection, server_side=True) as line, path.open("rb") as stream:
+            while data := stream.read(1 << 20):
+                line.sendall(data)
+            line.unwrap()
+    finally:
+        os._exit(0)
 
 
 if __name__ == "__main__":

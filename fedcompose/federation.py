@@ -19,6 +19,7 @@ import re
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import lru_cache
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 from pydantic import (
@@ -300,6 +301,7 @@ def claimed_federation(envelope: bytes) -> str:
     return _parse(read_envelope_unverified(envelope, FEDERATION_TYPE)).id
 
 
+@lru_cache(maxsize=8)  # a file of many sites takes long to parse, and every message of every site asks for it
 def _parse(payload: bytes) -> Federation:
     try:
         return Federation.model_validate(parse_json(payload, "the federation file"))

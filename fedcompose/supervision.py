@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import IO
 
 from fedcompose.errors import ConfigError
 
@@ -86,13 +87,14 @@ def only_one(path: Path) -> Iterator[None]:
             stream.truncate(0)
 
 
-def start(child: Child, stdout: int | None = None) -> subprocess.Popen[bytes]:
-    """Start a child that follows this process; its errors go where this process's go."""
+def start(child: Child, stdout: int | None = None, stderr: IO[bytes] | None = None) -> subprocess.Popen[bytes]:
+    """Start a child that follows this process; what it prints goes where this process's does, if nothing is said."""
     return subprocess.Popen(
         child.argv,
         env={**os.environ, **child.env, PARENT: str(os.getpid())},
         stdin=subprocess.DEVNULL,
         stdout=stdout,
+        stderr=stderr,
         start_new_session=True,
     )
 

@@ -42,7 +42,7 @@ from fedcompose_coordinator.tls import make_certificates
 
 FEDERATION = "urn:uuid:6b0c0000-0000-4000-8000-000000000009"
 HOST = "127.0.0.1"
-WAIT_S = 240.0  # for one thing to happen, on a busy machine
+WAIT_S = 400.0  # for one thing to happen, on a busy machine
 STOP_S = 40.0
 
 

@@ -1,4 +1,4 @@
-"""`fedcompose client`: what the owner of data does, in order: init, train, distill, contribute."""
+"""`fedcompose client`: what the owner of data does. init, train, distill, contribute; or join, and approve calls."""
 
 from __future__ import annotations
 
@@ -23,12 +23,10 @@ from fedcompose.settings import fill_template
 from fedcompose.trust_state import trusted_federation
 from fedcompose_client import commands_calls
 from fedcompose_client.config import CONFIG_NAME, load_config
-from fedcompose_client.jobs import jobs, read_job, record
+from fedcompose_client.jobs import jobs, read_job, sign
 from fedcompose_client.offer import outbox_parts
 
 app = typer.Typer(no_args_is_help=True, help="A site: train on your own data, distill, sign a contribution.")
-
-commands_calls.register(app)
 
 SPARKS = "▁▂▃▄▅▆▇█"
 Site = Annotated[Path, typer.Option("--site", help="The site's folder, where site.toml is.")]
@@ -156,7 +154,7 @@ def contribute(
     )  # fmt: skip
     if call is not None:  # from now on the coordinator may fetch it
         offer = offer_digest(outbox_parts(site / "outbox" / domain, call.want))
-        record(site, call.id, "signed", datetime.now(UTC), offer=offer)
+        sign(site, call.id, offer, datetime.now(UTC))
     if as_json:
         print_json([{"kind": each.kind, "path": str(each.path), "dirHash": each.dir_hash} for each in made])
         return
@@ -212,3 +210,6 @@ def _print_contributions(made: Sequence[VerifiedContribution]) -> None:
         size = sum(path.stat().st_size for path in each.path.iterdir())
         table.add_row(str(each.path), each.kind, f"{size / 1e6:.2f} MB", each.dir_hash[:16])
     print_whole(table)
+
+
+commands_calls.register(app)  # after the commands above, for --help lists them in this order

@@ -112,8 +112,8 @@ def join(
         out.print(f"Wrote {folder}", markup=False)
         next_steps("fedcompose client join")
         return
-    out.print(f"{load_config(site).id} joins; Ctrl-C ends it", markup=False)
-    keep_joined(site, stop_on_signals(), lambda name, what: out.print(f"{name}: {what}", markup=False), passphrase_file)
+    logs.configure("join")
+    keep_joined(site, stop_on_signals(), passphrase_file)
 
 
 def import_call(

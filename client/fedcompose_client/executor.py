@@ -34,7 +34,7 @@ from flwr.supercore.inflatable.inflatable_protobuf_utils import (
     make_confirm_message_received_fn_protobuf,
     make_pull_object_fn_protobuf,
 )
-from flwr.supercore.inflatable.inflatable_utils import pull_and_inflate_object_from_tree
+from flwr.supercore.inflatable.inflatable_utils import ObjectPullError, pull_and_inflate_object_from_tree
 from flwr.supercore.interceptors import (
     RuntimeTokenHttpInterceptor,
     RuntimeVersionHttpInterceptor,
@@ -49,7 +49,8 @@ log = logging.getLogger(__name__)
 SuperNodeApp = Callable[[Message, Context], Message]
 ANY_TASK = [str(kind) for kind in TaskType]
 POLL_S = float(os.environ.get("FLWR_SUPEREXEC_TASK_POLL_INTERVAL", "0.5"))
-COMPLETED = "completed"
+COMPLETED, FAILED = "completed", "failed"
+PULL_TIMEOUT_S = 20.0  # for a message that the SuperNode has, or is fetching; it is small
 
 
 def run(folder: Path, app: SuperNodeApp) -> None:
@@ -81,10 +82,14 @@ def answer_task(client: RuntimeHttpClient, kind: str, app: SuperNodeApp) -> None
             reply = app(message, context)
         push_message(client, reply, context)
         push_task_output(client, None, COMPLETED, "")
+    except ObjectPullError:  # its run has ended meanwhile, and the SuperNode has dropped the message
+        log.info("a message was taken back")
+        push_task_output(client, None, FAILED, "")
     except Exception:  # it would end the executor; Flower calls the task crashed when its heartbeat stops
         log.exception("a task failed")
     finally:
-        heartbeat.stop()
+        if heartbeat.is_running:
+            heartbeat.stop()
         client.close()
 
 
@@ -102,7 +107,12 @@ def _pull(client: RuntimeHttpClient) -> tuple[Message, bool, Context]:
             make_pull_object_fn_protobuf(client.PullObject, node, run_id),
             confirm,
             return_type=Message,
+            max_time=PULL_TIMEOUT_S,
+            initial_backoff=POLL_S,
+            backoff_cap=POLL_S,
         )
+    except ObjectPullError:
+        raise
     except Exception:  # whatever a stranger's bytes do to Flower's decoder
         log.exception("a message could not be read")
         message, is_readable = message_from_proto(pulled.messages_list[0]), False

@@ -135,7 +135,7 @@ def hand_over(folder: Path, fields: Mapping[str, Any], now: datetime) -> RecordD
     length = wire.integer(fields, "length", 1, wire.WINDOW_BYTES)
     parts = _offered(folder, job, domain)
     if wire.offer_digest(parts) != wanted:
-        raise RefusedError(wire.OFFER_CHANGED, "another contribution has been signed for this call since")
+        raise RefusedError("OFFER_CHANGED", "another contribution has been signed for this call since")
     outbox = folder / "outbox" / domain
     slices = wire.plan(parts, start, length)
     return wire.window_answer({piece.part.name: read_slice(outbox, piece) for piece in slices})

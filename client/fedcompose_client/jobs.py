@@ -99,6 +99,18 @@ def decide(site: Path, call_id: str, decision: Decision, now: datetime) -> Job:
     return read_job(site, call_id)
 
 
+def sign(site: Path, call_id: str, offer: str, now: datetime) -> None:
+    """Write down that an offer of this digest was signed for the call: from now on it may be fetched.
+
+    Raises: ConfigError: `CALL_STATE`, for a call that was refused, perhaps while the work for it went on.
+    """
+    if read_job(site, call_id).state == "refused":
+        raise ConfigError(
+            "CALL_STATE", f"the call {call_id} was refused", fix="approve it first, if you have changed your mind"
+        )
+    record(site, call_id, "signed", now, offer=offer)
+
+
 def record(site: Path, call_id: str, event: Event, now: datetime, **fields: str) -> None:
     """Add an event, on disk when this returns."""
     path = _events_path(site, call_id)

@@ -9,10 +9,10 @@ Each can be run by itself, as a user of its own or in a container (`join --only`
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 import threading
-from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
 from typing import Literal, get_args
@@ -25,6 +25,8 @@ from fedcompose.supervision import Child, only_one, supervise
 from fedcompose.trust_state import trusted_federation
 from fedcompose_client.config import load_config
 from fedcompose_client.node import prepare
+
+log = logging.getLogger(__name__)
 
 Part = Literal["node", "executor", "worker"]
 PARTS: tuple[Part, ...] = get_args(Part)
@@ -51,9 +53,7 @@ def accept_invitation(site: Path, given: Path | None, now: datetime) -> Path:
     return folder
 
 
-def join(
-    site: Path, stop: threading.Event, report: Callable[[str, str], None], passphrase_file: Path | None = None
-) -> None:
+def join(site: Path, stop: threading.Event, passphrase_file: Path | None = None) -> None:
     """Keep the three processes of this site going until `stop` is set.
 
     Raises: ConfigError: `ALREADY_RUNNING`, `PASSPHRASE_NEEDED`.
@@ -70,7 +70,14 @@ def join(
         for part in PARTS
     ]
     with only_one(site / "join.pid"):
-        supervise(children, stop, report)
+        supervise(children, stop, _log)
+
+
+def _log(part: str, what: str) -> None:
+    if what == "started":
+        log.info("a part of the site started", extra={"child": part})
+    else:
+        log.warning("a part of the site ended and is started again", extra={"child": part})
 
 
 def _command(site: Path, part: Part) -> list[str]:

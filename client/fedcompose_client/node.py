@@ -16,10 +16,13 @@ from __future__ import annotations
 
 import importlib
 import ipaddress
+import logging
+import os
 import resource
 import secrets
 import socket
 import sys
+from collections.abc import Callable
 from datetime import datetime, timedelta
 from pathlib import Path
 from types import ModuleType
@@ -38,10 +41,13 @@ from fedcompose.files import read_json, write_atomic, write_json
 from fedcompose.invitation import Invitation
 from fedcompose.keys import read_node_key
 
+log = logging.getLogger(__name__)
+
 FOLDER = "node"
 LOOPBACK = "127.0.0.1"
 SECRET_BYTES = 32
 VALIDITY = timedelta(days=3650)  # of the certificate on loopback, which only this machine ever believes
+CONNECTION_LOST = 1  # exit status
 MAX_MEMORY_BYTES = 2 << 30  # a window of a contribution is 32 MiB, and held a few times over
 
 
@@ -96,12 +102,21 @@ def read_node_settings(folder: Path) -> NodeSettings:
 
 def run(folder: Path) -> None:
     """Be the SuperNode until told to end."""
+    from uvicorn.config import LOGGING_CONFIG
+
     settings = read_node_settings(folder)
     resource.setrlimit(resource.RLIMIT_DATA, (MAX_MEMORY_BYTES, MAX_MEMORY_BYTES))
     supernode = flower_supernode()
     logs.configure("node")
+    LOGGING_CONFIG.clear()  # the server on loopback would print lines of its own
+    LOGGING_CONFIG.update(version=1, disable_existing_loggers=False)
     sys.argv = ["flower-supernode", *arguments(folder, settings)]
-    supernode.flower_supernode()
+    try:
+        supernode.flower_supernode()
+    except Exception:  # whatever a stranger's message does to Flower
+        log.exception("the SuperNode failed")
+    finally:  # Flower's server on loopback would keep a process going that is connected to nobody
+        os._exit(CONNECTION_LOST)
 
 
 def arguments(folder: Path, settings: NodeSettings) -> list[str]:
@@ -120,7 +135,30 @@ def flower_supernode() -> ModuleType:
     importlib.import_module("fedcompose.wire")  # sets Flower's switches before it is imported
     client: Any = importlib.import_module("flwr.supernode.start_client_internal")
     client.get_fused_config_from_fab = _no_settings
+    connection: Any = importlib.import_module("flwr.supernode.fleet_http_connection")
+    connection.make_simple_http_retry_invoker = _patient(connection.make_simple_http_retry_invoker)
     return importlib.import_module("flwr.supernode.cli.flower_supernode")
+
+
+def _patient(make_invoker: Callable[[], Any]) -> Callable[[], Any]:
+    """Flower takes every error of TLS for a wrong certificate and gives up; on a line that was cut we try again."""
+
+    def make() -> Any:
+        invoker = make_invoker()
+        gives_up = invoker.should_giveup
+        invoker.should_giveup = lambda error: gives_up(error) and not is_cut(error)
+        return invoker
+
+    return make
+
+
+def is_cut(error: Exception) -> bool:
+    """Whether the line broke, rather than that the other side is a wrong one or refuses."""
+    return (
+        type(error).__module__.startswith("httpx")
+        and not hasattr(error, "response")
+        and ("certificate" not in str(error).lower())
+    )
 
 
 def _no_settings(bundle: object, run: object) -> dict[str, str]:

@@ -3,8 +3,8 @@
     approved ── train ── distill, if the call wants traces and the domain has a generator ── contribute ── ready
 
 Each step is a child process that goes on where an earlier one stopped, and each is written into the call's ledger when
-it is done. So the worker, or a step, can be killed at any point: started again, it does the rest and nothing twice. One
-worker works for a site at a time.
+it is done. So the worker, or a step, can be killed at any point: started again, it does the rest and nothing twice.
+What the steps print goes into `calls/<id>.log`, which stays here. One worker works for a site at a time.
 """
 
 from __future__ import annotations
@@ -108,12 +108,13 @@ def _step(site: Path, call_id: str, arguments: list[str], stop: threading.Event,
             raise _EndedError
         pause_s = min(2 * pause_s, LONGEST_PAUSE_S)
     if status:
-        raise ConfigError(status, f"the step {arguments[0]} failed", fix="its own message stands in the worker's log")
+        raise ConfigError(status, f"the step {arguments[0]} failed", fix=f"what it said: calls/{call_id}.log")
 
 
 def _run(child: Child, site: Path, call_id: str, stop: threading.Event) -> str | None:
     """Nothing if the command succeeded, its error's code if it failed; None when something killed it."""
-    process = start(child, stdout=subprocess.PIPE)
+    with (site / "calls" / f"{call_id}.log").open("ab") as said:
+        process = start(child, subprocess.PIPE, said)
     output: list[bytes] = []
     reader = threading.Thread(target=lambda: output.append(process.stdout.read() if process.stdout else b""))
     reader.start()

@@ -23,7 +23,7 @@ from fedcompose.explanations import EXPLANATIONS
 from fedcompose.files import dir_hash, folder_digests, sha256_file, write_atomic
 from fedcompose.keys import load_signer
 from fedcompose.settings import fill_template, read_settings
-from fedcompose_coordinator import commands_flower, commands_ledger
+from fedcompose_coordinator import commands_flower, commands_ledger, commands_running
 from fedcompose_coordinator.approvals import read_rule
 from fedcompose_coordinator.commands_evaluate import evaluate, report
 from fedcompose_coordinator.config import CONFIG_NAME, Compose, CoordinatorConfig, load_config
@@ -72,6 +72,7 @@ def init(
     )
 
 
+commands_running.register(app)
 commands_flower.register(app)
 app.add_typer(commands_ledger.app, name="ledger")
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -41,7 +41,12 @@ STATUS_EVERY_S = 10.0
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 2.0, 600.0  # before a site is asked again after a failure
 JOBS_EVERY_S = 5.0  # looking for new calls
 
-AGAIN = {"CALL_UNKNOWN": "call", wire.NOT_READY: "status", wire.OFFER_CHANGED: "offer"}  # what to ask after these
+AGAIN: Mapping[str, Ask] = {  # what to ask after these
+    "CALL_UNKNOWN": "call",
+    wire.NOT_READY: "status",
+    wire.OFFER_CHANGED: "offer",
+    "CONTRIBUTION_DIGEST": "status",
+}
 
 
 @dataclass(frozen=True)
@@ -57,11 +62,12 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Question:
-    """One message to a site, and the window it asks for, if any."""
+    """One message to a site, and the window of which transfer it asks for, if any."""
 
     action: Action
     content: RecordDict
     window: Window | None = None
+    partial: Partial | None = None
 
 
 @dataclass(eq=False)
@@ -93,7 +99,7 @@ class Exchange:
         """What to send now: nothing while an answer is awaited, except windows ahead."""
         if self.next == "fetch" and self.partial is not None:
             offer = wire.offer_digest(self.partial.parts)
-            return [self._window(offer, window) for window in self.partial.next_windows()]
+            return [self._window(self.partial, offer, window) for window in self.partial.next_windows()]
         if self.on_the_way:
             return []
         if self.next == "describe":
@@ -102,8 +108,8 @@ class Exchange:
             return [Question("call", wire.request(call=self.job.envelope))]
         return [Question(self.next, self._request())]
 
-    def _window(self, offer: str, window: Window) -> Question:
-        return Question("fetch", self._request(offer=offer, start=window[0], length=window[1]), window)
+    def _window(self, partial: Partial, offer: str, window: Window) -> Question:
+        return Question("fetch", self._request(offer=offer, start=window[0], length=window[1]), window, partial)
 
     def _request(self, **fields: str | int) -> RecordDict:
         call = self.job.call
@@ -117,8 +123,10 @@ class Exchange:
         Raises: RefusedError: the site's own code, `MESSAGE_INVALID`, `SITE_MISMATCH`, `PROTOCOL_UNKNOWN`,
             `CONTRIBUTION_DIGEST`.
         """
-        if question.window is not None:
-            self._take_window(question.window, content)
+        if question.partial is not self.partial:
+            return  # of a transfer that has been given up since
+        if question.window is not None and self.partial is not None:
+            self._take_window(self.partial, question.window, content)
         else:
             {
                 "describe": self._take_description,
@@ -130,10 +138,12 @@ class Exchange:
 
     def failed(self, question: Question, error: FedcomposeError) -> None:
         """Ask again after a while; when only one step is to be taken, this was it."""
+        if question.partial is not None and question.partial is not self.partial:
+            return
         if question.window is not None and self.partial is not None:
             self.partial.lost(question.window)
         self.job.tell(None if isinstance(error, MissingError) else self.clock(), code=error.code)
-        self.next = AGAIN.get(error.code, self.next)  # type: ignore[assignment]
+        self.next = AGAIN.get(error.code, self.next)
         if self.next != "fetch":
             self.partial = None
         self.rest()
@@ -160,7 +170,9 @@ class Exchange:
         status = wire.read_status(content)
         if status.state != "ready" or self.job.state not in (*OURS, "fetching", "rejected"):
             self.job.enter(status.state, self.clock())
-        self.job.tell(self.clock(), step=status.step, steps=status.steps, eta_s=status.eta_s, code="")
+        self.job.tell(self.clock(), step=status.step, steps=status.steps, eta_s=status.eta_s)
+        if self.job.state != "rejected":
+            self.job.tell(self.clock(), code="")
         self.next = "status"
         if self.goal == "call":
             self._settle(wire.ACCEPTED)
@@ -183,19 +195,16 @@ class Exchange:
             self.partial, self.next = Partial(self.job.partial, parts, self.window_bytes), "fetch"
             self._continue(self.partial)
 
-    def _take_window(self, window: Window, content: RecordDict) -> None:
-        if self.partial is None:
-            return  # the offer has changed since this was asked for
-        pieces = wire.read_window(content, self.partial.parts, *window)
-        self.partial.store(window, pieces)
-        self._continue(self.partial)
+    def _take_window(self, partial: Partial, window: Window, content: RecordDict) -> None:
+        partial.store(window, wire.read_window(content, partial.parts, *window))
+        self._continue(partial)
 
     def _continue(self, partial: Partial) -> None:
         """Say how much has come; when that is all, compare and keep it."""
         self.job.tell(self.clock(), bytes=partial.received_bytes, total=partial.total, code="")
         if partial.is_whole:
-            self.partial, self.next = None, "status"
             partial.finish(self.job.inbox)
+            self.partial = None
             self._received(wire.offer_digest(partial.parts))
 
     def _received(self, offer: str) -> None:

@@ -61,9 +61,11 @@ def read_status(home: Path, now: datetime) -> list[SiteStatus]:
 
 def _status(job: Job, now: datetime) -> SiteStatus:
     over = job.state not in AT_AN_END and job.is_over(now)
+    step, steps, eta_s, size, total = (
+        _number(job.seen.get(name)) for name in ("step", "steps", "eta_s", "bytes", "total")
+    )
     return SiteStatus(
-        job.call.id, job.site.id, job.site.domain, "missed" if over else job.state,
-        *(_number(job.seen.get(name)) for name in ("step", "steps", "eta_s", "bytes", "total")),
+        job.call.id, job.site.id, job.site.domain, "missed" if over else job.state, step, steps, eta_s, size, total,
         last_seen=job.seen.get("last_seen") or None, code=job.seen.get("code") or None,
     )  # fmt: skip
 

@@ -22,6 +22,7 @@ from fedcompose.ledger import Entry, Head
 from fedcompose.parts import offer_digest
 from fedcompose.signing import read_envelope_unverified, sign_envelope
 from fedcompose.wire import (
+    ACTIONS,
     PROTOCOL,
     WINDOW_BYTES,
     ConfigRecord,
@@ -31,13 +32,14 @@ from fedcompose.wire import (
     RecordDict,
     Status,
     TaskIdentity,
+    message_type,
     read_description,
     read_offer,
     read_status,
     read_window,
     request,
 )
-from fedcompose_client.flower import REFUSALS, SITE_ERROR, job_status, make_app
+from fedcompose_client.flower import ANSWERS, REFUSALS, SITE_ERROR, job_status, make_app
 from fedcompose_client.jobs import Job, decide, jobs, record
 from fedcompose_client.offer import outbox_parts
 from tests.flower_sim import FlowerSim, files_of
@@ -272,6 +274,10 @@ def test_half_a_contribution_is_not_ready(called: FlowerSim) -> None:
     asked = window(called)
     (called.outbox("site-a") / "adapter" / "provenance.json").unlink()
     assert code(ask(called, "fetch", asked)) == "NOT_READY"
+
+
+def test_answers_the_agreed_actions_and_no_others() -> None:
+    assert set(ANSWERS) == {message_type(action) for action in ACTIONS}
 
 
 @pytest.mark.parametrize(

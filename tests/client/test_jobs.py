@@ -65,6 +65,17 @@ def test_who_may_decide_what_when(
     assert refused.value.code == "CALL_STATE"
 
 
+def test_nothing_is_offered_for_a_call_that_was_refused_meanwhile(sim: FlowerSim, site: Path) -> None:
+    decide(site, asked(site), "refused", sim.now)
+    with pytest.raises(ConfigError) as refused:
+        jobs.sign(site, asked(site), "0" * 64, sim.now)
+    assert refused.value.code == "CALL_STATE"
+    assert read_job(site, asked(site)).state == "refused"
+    decide(site, asked(site), "approved", sim.now)
+    jobs.sign(site, asked(site), "0" * 64, sim.now)
+    assert read_job(site, asked(site)).offer == "0" * 64
+
+
 def test_a_half_written_line_is_set_aside(sim: FlowerSim, site: Path) -> None:
     path = next((site / "calls").glob("*.jsonl"))
     path.write_bytes(path.read_bytes() + b'{"half')

@@ -20,15 +20,17 @@ from fedcompose_client.flower import accept_call
 from fedcompose_client.jobs import decide, jobs
 from fedcompose_client.worker import work
 from tests.client.small_site import TRAINING
-from tests.flower_sim import FlowerSim
+from tests.flower_sim import FEDERATION, FlowerSim
 
 QUICK = {"warm_up_steps": 2, "steps": 0, "test_count": 10}
 PATIENCE_S = 300
 
 
-def approved(root: Path, base: Path, *, traces: bool = False, **training: Any) -> FlowerSim:
+def approved(
+    root: Path, base: Path, *, traces: bool = False, federation_id: str = FEDERATION, **training: Any
+) -> FlowerSim:
     """A site with data and an approved call; its model is too small to make correct traces."""
-    sim = FlowerSim(root, sites={"site-a": "order"}, base=base)
+    sim = FlowerSim(root, {"site-a": "order"}, federation_id, base)
     site = sim.folder("site-a")
     rows = [{"question": f"{a}{b}", "answer": "yes" if a < b else "no"} for a in range(7) for b in range(7)]
     (site / "data.jsonl").write_text("\n".join(map(json.dumps, rows)))
@@ -65,6 +67,7 @@ def test_trains_distills_and_signs_what_was_approved(tmp_path: Path, teachable_b
     assert len(events(sim)) == 6, "what is ready is not done again"
 
 
+@pytest.mark.slow
 def test_a_step_that_fails_is_written_down_by_its_code(tmp_path: Path, teachable_base: Path) -> None:
     sim = approved(tmp_path, teachable_base, **QUICK)
     (sim.folder("site-a") / "data.jsonl").unlink()
@@ -88,6 +91,7 @@ def test_one_worker_at_a_time(tmp_path: Path, teachable_base: Path) -> None:
     assert refused.value.code == "ALREADY_RUNNING"
 
 
+@pytest.mark.slow
 def test_refusing_ends_the_work(tmp_path: Path, teachable_base: Path) -> None:
     sim = approved(tmp_path, teachable_base, warm_up_steps=100_000)
     site = sim.folder("site-a")
@@ -107,7 +111,10 @@ def test_refusing_ends_the_work(tmp_path: Path, teachable_base: Path) -> None:
 @pytest.mark.slow
 def test_killed_again_and_again_it_ends_with_the_same_expert(tmp_path: Path, teachable_base: Path) -> None:
     training = {"warm_up_steps": 40, "steps": 0}
-    undisturbed, killed = (approved(tmp_path / name, teachable_base, **training) for name in ("one", "two"))
+    undisturbed, killed = (
+        approved(tmp_path / name, teachable_base, federation_id=f"{FEDERATION[:-1]}{name}", **training)
+        for name in ("2", "3")
+    )
     work(undisturbed.folder("site-a"), threading.Event(), once=True)
     site = killed.folder("site-a")
     progress = site / "runs" / "order" / "progress.jsonl"

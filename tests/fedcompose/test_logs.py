@@ -90,6 +90,8 @@ def texts_of_events(source: str) -> list[ast.expr]:
 
 
 def is_constant(text: ast.expr) -> bool:
+    if isinstance(text, ast.IfExp):
+        return is_constant(text.body) and is_constant(text.orelse)
     return isinstance(text, ast.Constant) and isinstance(text.value, str)
 
 

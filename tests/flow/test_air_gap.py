@@ -63,7 +63,7 @@ def test_the_whole_cycle_needs_no_network(tmp_path: Path, private_home: Path) ->
     for command in ("compose", "release"):
         in_namespace(f"fedcompose coordinator {command}", tmp_path / "hub")
     found = json.loads(in_namespace("fedcompose verify release --json", tmp_path / "hub"))
-    assert found["dirHash"]
+    assert found["verified"]
 
 
 def test_in_the_namespace_nothing_can_be_reached() -> None:

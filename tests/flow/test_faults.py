@@ -8,26 +8,48 @@ ledger. A second site's contribution came by hand before.
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
 
+from fedcompose import ledger
 from fedcompose.adapter import StoredTensor, canonical_safetensors
 from fedcompose.bases import resolve_base
+from fedcompose.call import make_call, read_own_call
+from fedcompose.doctor import processes
+from fedcompose.drafts import create_federation, enrol
 from fedcompose.files import dir_hash, folder_digests, write_atomic, write_json
+from fedcompose.keys import load_signer, new_key
 from fedcompose.routing import RouterConfig
-from fedcompose_client.jobs import keep
+from fedcompose.tasks import training
+from fedcompose.trust_state import trusted_federation
+from fedcompose_client.jobs import keep, record
 from fedcompose_coordinator import intake, publish
-from tests.deployed import Deployed, Parties, found, free_port, listen_port, made_call, running, sign_everywhere
+from tests.deployed import (
+    FEDERATION,
+    WAIT_S,
+    Deployed,
+    Parties,
+    found,
+    free_port,
+    listen_port,
+    made_call,
+    running,
+    sign_everywhere,
+)  # fmt: skip
 from tests.flow.line import Line
+from tests.tiny import make_knowing_base
 
 pytestmark = pytest.mark.slow
 
@@ -279,3 +301,180 @@ def test_an_upload_broken_ten_times_sends_little_twice(tmp_path: Path, monkeypat
         scene.deployed.wait(lambda: scene.deployed.state(NEAR) == "admitted")
         sent = scene.line.up
     assert size < sent < 1.05 * size
+
+
+# What can go wrong while it is made ---------------------------------------------------------------
+
+DOMAIN = "counting"
+SITE_TOML = """
+id = "clinic"
+base = "{root}/base"
+key = "keys/clinic.key"
+[calls]
+decide = "run"
+[domains.counting]
+file = "problems.jsonl"
+task = "numeric"
+[domains.counting.columns]
+solution = "solution"
+[domains.counting.traces]
+generator = "count_items"
+prompts = 24
+[domains.counting.training]
+validation_count = 10
+test_count = 10
+warm_up_steps = 4
+steps = 4
+prompts_per_step = 2
+samples_per_prompt = 2
+max_new_tokens = 12
+"""
+
+
+@dataclass
+class Maker:
+    """A site with a call to answer, and nothing done yet."""
+
+    root: Path
+
+    @property
+    def site(self) -> Path:
+        return self.root / "clinic"
+
+    def work(self) -> subprocess.Popen[bytes]:
+        """The worker, until no work is left."""
+        environment = os.environ | {
+            "FEDCOMPOSE_HOME": str(self.root / "memory"),
+            "SOURCE_DATE_EPOCH": (self.root / "now").read_text(),
+            "OMP_NUM_THREADS": "1",
+        }
+        with (self.root / "work.log").open("ab") as log:
+            return subprocess.Popen(
+                [sys.executable, "-m", "fedcompose", "client", "work", "--once", "--site", str(self.site)],
+                env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True,
+            )  # fmt: skip
+
+    def finish(self) -> None:
+        worker = self.work()
+        assert worker.wait(WAIT_S) == 0, (self.root / "work.log").read_text()[-3000:]
+
+    def wait(self, done: Callable[[], bool]) -> None:
+        give_up = time.monotonic() + WAIT_S
+        while not done():
+            assert time.monotonic() < give_up, (self.root / "work.log").read_text()[-3000:]
+            time.sleep(0.02)
+
+    def pid(self, words: str) -> int | None:
+        commands = {each.pid: each.command for each in processes().values()}
+        return next((pid for pid, text in commands.items() if words in text and str(self.site) in text), None)
+
+    def kill(self, words: str) -> None:
+        self.wait(lambda: self.pid(words) is not None)
+        os.kill(self.pid(words) or 0, signal.SIGKILL)
+
+    def steps(self) -> int:
+        path = self.site / "runs" / DOMAIN / "progress.jsonl"
+        return path.read_bytes().count(b"\n") if path.exists() else 0
+
+    def events(self) -> list[str]:
+        (path,) = (self.site / "calls").glob("*.jsonl")
+        return [entry.event for entry in ledger.verify(path)]
+
+    def digest(self) -> str:
+        """Of all that was signed, signatures included."""
+        return dir_hash(folder_digests(self.site / "outbox"))
+
+
+def kill_trainer(maker: Maker) -> None:
+    worker = maker.work()
+    maker.wait(lambda: maker.steps() >= 2)
+    maker.kill("client train")
+    assert worker.wait(WAIT_S) == 0
+
+
+def kill_worker_while_training(maker: Maker) -> None:
+    worker = maker.work()
+    maker.wait(lambda: maker.steps() >= 2)
+    os.kill(worker.pid, signal.SIGKILL)
+    worker.wait()
+
+
+def kill_worker_between_training_and_signing(maker: Maker) -> None:
+    worker = maker.work()
+    maker.wait(lambda: "trained" in maker.events())
+    os.kill(worker.pid, signal.SIGKILL)
+    worker.wait()
+
+
+def kill_distiller(maker: Maker) -> None:
+    worker = maker.work()
+    maker.kill("client distill")
+    assert worker.wait(WAIT_S) == 0
+
+
+def kill_signer(maker: Maker) -> None:
+    worker = maker.work()
+    maker.kill("client contribute")
+    assert worker.wait(WAIT_S) == 0
+
+
+MAKING: list[Callable[[Maker], None]] = [
+    kill_trainer, kill_worker_while_training, kill_worker_between_training_and_signing, kill_distiller, kill_signer,
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def unmade(tmp_path_factory: pytest.TempPathFactory) -> Maker:
+    root = tmp_path_factory.mktemp("unmade") / "all"
+    make_knowing_base(root / "base", {"count_items": "Answer: 5"})
+    now = datetime.now(UTC).replace(microsecond=0)
+    chair = load_signer(new_key(root / "chair", "root", "root", None, None).private)
+    base = resolve_base(root / "base")
+    envelope = create_federation("Faults", chair, "root", {"base": base.digest}, FEDERATION, now)
+    hub = new_key(root / "hub", "hub", "coordinator", None, None)
+    clinic = new_key(root / "clinic" / "keys", "clinic", "site", DOMAIN, None)
+    for key in (hub, clinic):
+        envelope = enrol(envelope, key.enrolment.read_bytes(), chair, now)
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setenv("FEDCOMPOSE_HOME", str(root / "memory"))
+        federation = trusted_federation(envelope, [chair.keyid], now)
+        call = make_call(
+            federation, load_signer(hub.private), "base", ["adapter", "traces"], deadline=now + timedelta(days=7),
+            now=now, nonce=bytes(32),
+        )  # fmt: skip
+    maker = Maker(root)
+    write_atomic(maker.site / "federation.json", envelope)
+    write_atomic(root / "now", str(int(now.timestamp())).encode())
+    rows = [
+        {"question": row.question, "answer": row.answer, "solution": row.solution}
+        for row in training("count_items", {}, 100)
+    ]
+    write_atomic(maker.site / "problems.jsonl", "\n".join(map(json.dumps, rows)).encode())
+    keep(maker.site, read_own_call(call), call, now)
+    record(maker.site, read_own_call(call).id, "approved", now)
+    return maker
+
+
+def copy_of(unmade: Maker, root: Path) -> Maker:
+    shutil.copytree(unmade.root, root)
+    write_atomic(root / "clinic" / "site.toml", SITE_TOML.format(root=unmade.root).encode())
+    return Maker(root)
+
+
+@pytest.fixture(scope="module")
+def made(unmade: Maker, tmp_path_factory: pytest.TempPathFactory) -> str:
+    maker = copy_of(unmade, tmp_path_factory.mktemp("made") / "all")
+    maker.finish()
+    return maker.digest()
+
+
+@pytest.mark.parametrize("disturb", MAKING, ids=lambda each: each.__name__)
+def test_a_contribution_is_made_all_the_same(
+    disturb: Callable[[Maker], None], unmade: Maker, made: str, tmp_path: Path
+) -> None:
+    maker = copy_of(unmade, tmp_path / "all")
+    disturb(maker)
+    maker.finish()
+    assert maker.events() == ["asked", "approved", "started", "trained", "distilled", "signed"]
+    assert maker.digest() == made
+    assert maker.pid("client") is None

@@ -37,6 +37,7 @@ from flwr.superlink.grid import HttpGrid
 
 SECRET = b"s" * 32
 PATIENCE_S = 120
+HOSTILE_CONFIG = {"__import__": "os", "path": "../../.."}  # no key of the bundle: a default SuperNode dies of it
 AGENT = str(TaskType.AGENT_APP)
 
 PYPROJECT = """
@@ -117,14 +118,16 @@ class HostileCoordinator:
         self._thread.join(PATIENCE_S)
 
     @contextmanager
-    def run(self, bundle: bytes, kind: str = TaskType.SERVER_APP) -> Iterator[Run]:
+    def run(
+        self, bundle: bytes, kind: str = TaskType.SERVER_APP, config: Mapping[str, str] = HOSTILE_CONFIG
+    ) -> Iterator[Run]:
         """A run of this kind with this bundle, as Flower's own driver would lead it."""
         fab = Fab(hashlib.sha256(bundle).hexdigest(), bundle, {})
         self.state.store_app(
             fab=fab, federation_id=NOOP_FEDERATION_ID, app_id="@hostile/hostile", app_type=kind, added_by=NOOP_FLWR_AID
         )
         self.state.create_run(
-            "hostile/hostile", "1.0.0", fab.hash_str, {"__import__": "os", "path": "../../.."}, NOOP_FEDERATION_ID,
+            "hostile/hostile", "1.0.0", fab.hash_str, dict(config), NOOP_FEDERATION_ID,
             None, NOOP_FLWR_AID, kind,
         )  # fmt: skip
         acquire = frozenset({"/flwr.proto.Runtime/AcquireTask"})

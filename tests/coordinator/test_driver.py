@@ -1,0 +1,265 @@
+"""Following calls to their end, in one process: interruptions, resumption, what is judged, what is missed."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+
+from fedcompose import ledger, wire
+from fedcompose.wire import Context, Message
+from fedcompose_client.flower import make_app
+from fedcompose_coordinator import flower, partial
+from fedcompose_coordinator.flower import make_driver_app
+from fedcompose_coordinator.jobs import Job, call_paths, jobs_of
+from fedcompose_coordinator.local_grid import run_locally
+from fedcompose_coordinator.partial import Partial
+from fedcompose_coordinator.status import read_status
+from tests.flower_sim import FlowerSim, files_of
+
+WINDOW = 500
+DEADLINE_S = 60
+
+
+@pytest.fixture
+def sim(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FlowerSim:
+    monkeypatch.setattr(os, "fsync", lambda _: None)
+    for name in ("STATUS_EVERY_S", "JOBS_EVERY_S", "NODE_EVERY_S", "FIRST_PAUSE_S", "LONGEST_PAUSE_S"):
+        monkeypatch.setattr(flower, name, 0.01)
+    return FlowerSim(tmp_path)
+
+
+class CountingApp:
+    """A site that counts the bytes it hands over, and whose messages can be made to fail."""
+
+    def __init__(self, sim: FlowerSim, site: str, fail: Callable[[str, int], bool] = lambda action, n: False) -> None:
+        self.app, self.site, self.fail = make_app(sim.folder(site)), site, fail
+        self.bytes, self.asked = 0, list[str]()
+
+    def __call__(self, message: Message, context: Context) -> Message:
+        action = message.metadata.message_type.removeprefix("query.")
+        self.asked.append(action)
+        if self.fail(action, self.asked.count(action)):
+            raise ConnectionError
+        reply = self.app(message, context)
+        if action == "fetch" and "parts" in reply.content:
+            self.bytes += sum(len(array.data) for array in reply.content["parts"].values())
+        return reply
+
+
+class Killed(BaseException):
+    """Nothing of ours catches it, as nothing catches a SIGKILL."""
+
+
+def admit(job: Job) -> None:
+    job.enter("admitted", job.call.issued)
+
+
+def drive(
+    sim: FlowerSim,
+    apps: list[CountingApp],
+    until: Callable[[], bool],
+    judge: Callable[[Job], None] = admit,
+) -> None:
+    give_up = time.monotonic() + DEADLINE_S
+
+    def is_ended() -> bool:
+        assert time.monotonic() < give_up, states(sim)
+        return until()
+
+    run_locally(make_driver_app(sim.home, judge, is_ended, window_bytes=WINDOW, hear_every_s=0.001), apps)
+
+
+def states(sim: FlowerSim) -> dict[str, str]:
+    return {job.site.id: job.state for path in call_paths(sim.home) for job in jobs_of(sim.home, path)}
+
+
+def reached(sim: FlowerSim, *state: str) -> Callable[[], bool]:
+    return lambda: tuple(states(sim).values()) == state
+
+
+def stream_bytes(sim: FlowerSim, site: str) -> int:
+    return sum(len(data) for data in files_of(sim.outbox(site)).values())
+
+
+def events(sim: FlowerSim, site: str) -> list[str]:
+    return [entry.event for entry in ledger.verify(call_paths(sim.home)[-1].with_suffix("") / f"{site}.jsonl")]
+
+
+def asked_and_signed(sim: FlowerSim, **options: int) -> list[CountingApp]:
+    """Sites that have been asked and then had something to hand over."""
+    sim.call()
+    apps = [CountingApp(sim, site) for site in sim.sites]
+    drive(sim, apps, reached(sim, "asked", "asked"))
+    for site in sim.sites:
+        sim.fill_outbox(site, **options)
+    return [CountingApp(sim, site) for site in sim.sites]
+
+
+def test_a_call_is_followed_to_its_end(sim: FlowerSim) -> None:
+    apps = asked_and_signed(sim, size=5000)
+    drive(sim, apps, reached(sim, "admitted", "admitted"))
+    for app in apps:
+        assert files_of(sim.inbox(app.site)) == files_of(sim.outbox(app.site))
+        assert app.bytes == stream_bytes(sim, app.site)
+        assert events(sim, app.site) == ["asked", "ready", "fetching", "received", "admitted"]
+        assert "call" not in app.asked, "the call was handed over twice"
+    assert [(each.state, each.bytes == each.total) for each in read_status(sim.home, sim.now)] == [
+        ("admitted", True)
+    ] * 2
+
+
+def test_a_call_made_meanwhile_is_found(sim: FlowerSim) -> None:
+    seen = []
+
+    def until() -> bool:
+        if not seen:
+            seen.append(sim.call())
+        return reached(sim, "asked", "asked")()
+
+    drive(sim, [CountingApp(sim, site) for site in sim.sites], until)
+
+
+def test_a_driver_killed_again_and_again_sends_nothing_twice_but_the_windows_on_their_way(sim: FlowerSim) -> None:
+    asked_and_signed(sim, size=10_000)
+    app, kills = CountingApp(sim, "site-a"), 0
+    while states(sim)["site-a"] != "admitted":
+        before = app.bytes
+
+        def until(before: int = before, again: bool = kills < 10) -> bool:
+            if again and app.bytes >= before + 4 * WINDOW:
+                raise Killed
+            return states(sim)["site-a"] == "admitted"
+
+        try:
+            drive(sim, [app], until)
+        except Killed:
+            kills += 1
+    assert kills == 10 or app.bytes < 44 * WINDOW
+    assert files_of(sim.inbox("site-a")) == files_of(sim.outbox("site-a"))
+    assert 0 <= app.bytes - stream_bytes(sim, "site-a") <= kills * partial.WINDOWS_AHEAD * WINDOW
+
+
+def test_lost_messages_are_sent_again(sim: FlowerSim) -> None:
+    sim.call()
+    flaky = CountingApp(sim, "site-a", fail=lambda action, n: n % 3 == 1)
+    drive(sim, [flaky, CountingApp(sim, "site-b")], reached(sim, "asked", "asked"))
+    sim.fill_outbox("site-a", size=3000)
+    drive(sim, [flaky], reached(sim, "admitted", "asked"))
+    assert files_of(sim.inbox("site-a")) == files_of(sim.outbox("site-a"))
+    assert events(sim, "site-a") == ["asked", "ready", "fetching", "received", "admitted"]
+
+
+def test_what_had_come_when_the_driver_died_is_judged_by_the_next_one(sim: FlowerSim) -> None:
+    asked_and_signed(sim)
+
+    def die(job: Job) -> None:
+        raise Killed
+
+    with pytest.raises(Killed):
+        drive(sim, [CountingApp(sim, "site-a")], lambda: False, die)
+    app = CountingApp(sim, "site-a")
+    drive(sim, [app], reached(sim, "admitted", "asked"))
+    assert app.asked == []
+
+
+def test_what_lies_in_the_inbox_already_is_not_sent_again(sim: FlowerSim) -> None:
+    apps = asked_and_signed(sim)
+    assert sim.run("collect")["site-a"].code == "ACCEPTED"
+    drive(sim, [apps[0]], lambda: states(sim)["site-a"] == "admitted")
+    assert apps[0].bytes == 0
+
+
+def test_a_rejected_contribution_is_not_fetched_again_but_a_new_one_is(sim: FlowerSim) -> None:
+    asked_and_signed(sim)
+
+    def reject(job: Job) -> None:
+        job.enter("rejected", job.call.issued, offer=job.offer, code="ADAPTER_INVALID")
+
+    app, polls = CountingApp(sim, "site-a"), []
+    drive(sim, [app], lambda: len(polls) > 300 or bool(polls.append(0)), reject)
+    assert (app.bytes, states(sim)["site-a"]) == (stream_bytes(sim, "site-a"), "rejected")
+    (status, _) = read_status(sim.home, sim.now)
+    assert status.said() == "rejected ADAPTER_INVALID"
+    (sim.outbox("site-a") / "adapter" / "model.sig").write_bytes(b"signed again")
+    sim.sign("site-a")
+    drive(sim, [app], lambda: states(sim)["site-a"] == "admitted")
+    assert files_of(sim.inbox("site-a")) == files_of(sim.outbox("site-a"))
+
+
+def test_a_site_that_is_away_misses_the_call_when_its_time_is_over(
+    sim: FlowerSim, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sim.call(deadline=sim.now + timedelta(days=1))
+    with monkeypatch.context() as later:
+        later.setattr(Job, "is_over", lambda job, now: job.site.id == "site-a")
+        drive(sim, [CountingApp(sim, "site-b")], reached(sim, "missed", "asked"))
+    job = jobs_of(sim.home, call_paths(sim.home)[0])[1]
+    assert [job.is_over(sim.now + timedelta(days=days)) for days in (0, 2, 30, 32)] == [False, False, False, True]
+    job.state = "called"
+    assert job.is_over(sim.now + timedelta(days=2))
+
+
+def test_a_node_that_says_it_is_another_site_gets_no_call(sim: FlowerSim) -> None:
+    sim.call()
+    impostor = CountingApp(sim, "site-b")
+    impostor.site = "site-a"
+    polls: list[int] = []
+    drive(sim, [impostor], lambda: len(polls) > 100 or bool(polls.append(0)))
+    assert set(impostor.asked) == {"describe"}
+    assert read_status(sim.home, sim.now)[0].code == "SITE_MISMATCH"
+
+
+def test_bytes_that_are_not_what_was_offered_never_reach_the_inbox(sim: FlowerSim) -> None:
+    asked_and_signed(sim)
+
+    class LyingApp(CountingApp):
+        def __call__(self, message: Message, context: Context) -> Message:
+            reply = super().__call__(message, context)
+            for array in reply.content["parts"].values() if "parts" in reply.content else ():
+                array.__dict__.update(data=bytes(len(array.data)))
+            return reply
+
+    liar = LyingApp(sim, "site-a")
+    drive(sim, [liar], lambda: liar.asked.count("offer") == 2)
+    assert not sim.inbox("site-a").exists()
+    assert events(sim, "site-a")[-1] == "fetching"
+
+
+def test_a_broken_fetch_goes_on_with_smaller_windows(tmp_path: Path) -> None:
+    size = 40 << 20
+    parts = [wire.Part("adapter/model.sig", size, "0" * 64)]
+    fetch = Partial(tmp_path / "partial", parts)
+    first = fetch.next_windows()
+    assert first == [(0, partial.FIRST_WINDOW_BYTES), (partial.FIRST_WINDOW_BYTES, partial.FIRST_WINDOW_BYTES)]
+    assert fetch.next_windows() == []
+    fetch.lost(first[0])
+    (again,) = fetch.next_windows()
+    assert again == (0, partial.FIRST_WINDOW_BYTES // 4)
+    fetch.store(first[1], [(piece, bytes(piece.length)) for piece in wire.plan(parts, *first[1])])
+    assert Partial(tmp_path / "partial", parts).received == [first[1]]
+
+
+def test_windows_grow_while_they_arrive_up_to_the_limit(tmp_path: Path) -> None:
+    parts = [wire.Part("adapter/model.sig", 1 << 40, "0" * 64)]
+    fetch = Partial(tmp_path / "partial", parts)
+    for _ in range(100):
+        fetch.store(fetch.next_windows()[0], [])
+        fetch.asked.clear()
+    assert fetch.window_bytes == wire.WINDOW_BYTES
+
+
+def test_a_line_cut_short_by_a_crash_is_a_window_that_did_not_come(tmp_path: Path) -> None:
+    parts = [wire.Part("adapter/model.sig", 3000, "0" * 64)]
+    fetch = Partial(tmp_path / "partial", parts, 1000)
+    for window in fetch.next_windows():
+        fetch.store(window, [(piece, bytes(piece.length)) for piece in wire.plan(parts, *window)])
+    lines = tmp_path / "partial" / "windows"
+    lines.write_text(lines.read_text() + "2000 10")
+    again = Partial(tmp_path / "partial", parts, 1000)
+    assert again.received_bytes == 2000
+    assert again.next_windows() == [(2000, 1000)]
