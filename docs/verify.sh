@@ -88,4 +88,7 @@ while read -r received expected; do
     "$site/provenance.json") || refuse "$site was received too late"
   [[ $found = "$expected" && $found = "$id $domain "* ]] || refuse "$site is another contribution than the release says"
 done <<<"$experts"
+jq -es 'map(.predicate.buildDefinition.externalParameters.call // empty) | group_by(.id) |
+  all(.[]; (map(.sha256) | unique | length) == 1)' "$release"/ingredients/*/provenance.json >"$work/log" ||
+  refuse 'the experts answer different calls of one name'
 echo "Verified: signed by $coordinator, made of $(wc -l <<<"$experts") experts on $made, dirHash $hash"

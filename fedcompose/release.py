@@ -8,7 +8,7 @@ Everything is checked offline, from the folder and a few root fingerprints, in t
 4. The provenance speaks of these files, this federation and one of its bases.
 5. `composition.json` lists each ingredient exactly once, in the router's row order.
 6. Each ingredient is, byte for byte, a contribution that its site's key signed, was valid when the
-   coordinator received it, and was made for the same base.
+   coordinator received it, and was made for the same base. Experts that answer a call of one name answer one call.
 7. Router and attention LoRA are well-formed; what they do is for an evaluation to say.
 8. No root has withdrawn the release.
 
@@ -182,6 +182,7 @@ def verify_release(
         _verify_ingredient(folder, expert, entry, provenance, federation, signed)
         for expert, entry in zip(composition.experts, provenance.ingredients, strict=True)
     )
+    _check_calls(experts)
     _check_parts(folder, composition, files, signed)  # 7
     digest = dir_hash(signed.digests)
     accepted_revocations(federation.id).check_release(digest)  # 8
@@ -423,6 +424,21 @@ def _verify_ingredient(
                 "INGREDIENT_MISMATCH", f"the expert of {entry.site} has another {fact} than the release says"
             )
     return found
+
+
+def _check_calls(experts: Collection[VerifiedContribution]) -> None:
+    """A coordinator that tells sites different things under one name is found out when their answers meet."""
+    told: dict[str, str] = {}
+    for expert in experts:
+        call = expert.provenance.call
+        if call is not None and told.setdefault(call.id, call.sha256) != call.sha256:
+            raise RefusedError(
+                "INGREDIENT_CALL",
+                f"the experts in this release answer two different calls, both named {call.id!a}",
+                expected=f"the call with SHA-256 {told[call.id]}",
+                got=f"{call.sha256}, in what site {expert.site} signed",
+                fix="do not use it; ask the coordinator why it told its sites different things",
+            )
 
 
 def _check_parts(folder: Path, composition: Composition, files: Mapping[str, bytes], signed: SignedFiles) -> None:

@@ -383,7 +383,10 @@ def _read_envelope(envelope: bytes, payload_type: str) -> tuple[bytes, dict[str,
     shape = _Shape("ENVELOPE_SHAPE", "the signed document")
     document = shape.fields(shape.json(envelope), {"payload", "payloadType", "signatures"})
     if document["payloadType"] != payload_type:
-        raise RefusedError("ENVELOPE_TYPE", "a signed document of another kind", expected=payload_type)
+        raise RefusedError(
+            "ENVELOPE_TYPE", "a signed document of another kind", expected=payload_type,
+            got=f"{str(document['payloadType'])[:80]!a}",
+        )  # fmt: skip
     entries = shape.array(document["signatures"], "signatures")
     if not 0 < len(entries) <= MAX_ENVELOPE_SIGNATURES:
         shape.refuse(f"{len(entries)} signatures")

@@ -199,8 +199,8 @@ def _check_clock(federation: Federation, remembered: RememberedFederation | None
             "this machine's clock is behind: it has been later before, or the federation file is from later",
             expected=f"a time after {format_time(latest)}",
             got=format_time(now),
-            fix="set the clock; if it is right and ran ahead before, delete "
-            f"{_trust_state_path()} and give --root-fingerprint again",
+            fix=f"set the clock; if it is right and ran ahead before, delete {_trust_state_path()} and accept the "
+            "newest federation file once more: fedcompose federation accept FILE --root-fingerprint FINGERPRINT",
         )
 
 
@@ -222,9 +222,9 @@ def _kept_file(federation_id: str) -> tuple[bytes, OpenedFile] | None:
         opened = open_federation(envelope)
         check_threshold(opened)
     except (RefusedError, ConfigError) as error:
-        raise _damaged(path, "fedcompose federation accept FILE, with the current federation file") from error
+        raise _damaged(path, "federation file") from error
     if opened.sha256 != pin.sha256:
-        raise _damaged(path, "fedcompose federation accept FILE, with the current federation file")
+        raise _damaged(path, "federation file")
     return envelope, opened
 
 
@@ -241,8 +241,8 @@ def _unknown(federation: Federation) -> RefusedError:
     return RefusedError(
         "TRUST_ROOT_UNKNOWN",
         f"nothing on this machine says whether to trust federation {federation.name!a}",
-        fix="ask its roots for their fingerprints, by phone or in person, and give them once: "
-        "--root-fingerprint FINGERPRINT",
+        fix="ask its roots for their fingerprints, by phone or in person, and give them: --root-fingerprint "
+        "FINGERPRINT; `fedcompose federation accept FILE` with them makes this machine remember",
     )
 
 
@@ -292,9 +292,9 @@ def _accepted_list(federation_id: str) -> Revocations:
         payload = read_envelope_unverified(read_limited(path, MAX_JSON_BYTES), REVOCATIONS_TYPE)
         listed = parse_revocations(payload)
     except (RefusedError, ConfigError) as error:
-        raise _damaged(path, "fedcompose federation accept FILE, with the current revocation list") from error
+        raise _damaged(path, "revocation list") from error
     if sha256_hex(payload) != remembered.sha256:
-        raise _damaged(path, "fedcompose federation accept FILE, with the current revocation list")
+        raise _damaged(path, "revocation list")
     return listed
 
 
@@ -351,14 +351,19 @@ def _read_trust_state(path: Path) -> TrustState:
     try:
         return TrustState.model_validate(read_json(path))
     except (ValidationError, RefusedError) as error:
-        raise _damaged(path, "delete it, and give --root-fingerprint again") from error
+        raise ConfigError(
+            "TRUST_STATE_INVALID",
+            f"{path} is damaged, or another version of fedcompose wrote it",
+            fix="restore it from a backup; or move it away, and accept the newest federation file and revocation list "
+            "once more: fedcompose federation accept FILE... --root-fingerprint FINGERPRINT",
+        ) from error
 
 
-def _damaged(path: Path, otherwise: str) -> ConfigError:
+def _damaged(path: Path, what: str) -> ConfigError:
     return ConfigError(
         "TRUST_STATE_INVALID",
-        f"{path} cannot be read, or is not the file that was accepted",
-        fix=f"restore it from a backup; or: {otherwise}",
+        f"{path} cannot be read, or is not the {what} that was accepted",
+        fix=f"restore it from a backup; or: fedcompose federation accept FILE, with the current {what}",
     )
 
 

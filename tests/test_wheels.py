@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.federation_sim import FederationSim
+
 ROOT = Path(__file__).parent.parent
 MODEL_PACKAGES = ("torch", "functorch", "transformers", "peft", "trl", "flwr", "datasets", "accelerate")
 
@@ -84,9 +86,11 @@ def test_the_wheels_hold_every_file_of_the_packages(wheels: dict[str, Path]) -> 
 
 
 def test_a_machine_with_the_library_alone_verifies_without_any_model_package(
-    wheels: dict[str, Path], tmp_path: Path
+    wheels: dict[str, Path], sim: FederationSim, tmp_path: Path
 ) -> None:
     python = machine(tmp_path, [wheels["fedcompose"]], MODEL_PACKAGES)
+    verified = run(python, "verify", str(sim.released().path), "--root-fingerprint", sim.root.keyid)
+    assert verified.returncode == 0, verified.stderr
     assert run(python, "--version").stdout.startswith("fedcompose ")
     refused = run(python, "verify", str(tmp_path))
     assert refused.returncode in (1, 2), refused.stderr

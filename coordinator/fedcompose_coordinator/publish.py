@@ -1,8 +1,9 @@
 """Step 10: put the candidate and the sites' own signed folders together, state what is in it, and sign it.
 
 Input: `candidate/` (composition, router, attention LoRA), the admitted contributions it was composed from, the
-federation file and, if there is one, `evaluation.json`. Output: `release/`, which appears only after it was
-verified as anybody will verify it, and written down in the ledger, whose head before that is in its provenance.
+federation file and, if there is one, `evaluation.json` with the candidate's numbers. Output: `release/`, which appears
+only after it was verified as anybody will verify it, and written down in the ledger, whose head before that is in its
+provenance.
 The sites' folders go in byte for byte, with their own signatures; traces do not go in.
 """
 
@@ -55,6 +56,7 @@ from fedcompose.release import (
 from fedcompose.signing import SIGNATURE_FILE, Signer, sign_files
 from fedcompose.trust_state import accepted_revocations
 from fedcompose_coordinator.decisions import deciding
+from fedcompose_coordinator.evaluation import make_parts
 
 RELEASE = "release"
 
@@ -74,7 +76,8 @@ def release(
 
     The same inputs at the same time, with the ledger at the same entry, give the same bytes.
 
-    Raises: ConfigError: `FEDERATION_DIFFERS`, `CANDIDATE_NO_ROUTER`, `CANDIDATE_CHANGED`, `INGREDIENT_MISSING`.
+    Raises: ConfigError: `FEDERATION_DIFFERS`, `CANDIDATE_NO_ROUTER`, `CANDIDATE_CHANGED`, `INGREDIENT_MISSING`,
+            `EVALUATION_OTHER`.
         RefusedError: whatever `verify_release` refuses, and what is wrong with this coordinator's own clock or ledger,
         as `deciding`.
     """
@@ -91,6 +94,7 @@ def release(
         _copy_candidate(candidate, folder, composition)
         if (home / EVALUATION_FILE).is_file():
             _copy(home, folder, EVALUATION_FILE, MAX_JSON_BYTES)
+            _check_measured(folder / EVALUATION_FILE, candidate)
         write_atomic(folder / FEDERATION_FILE, envelope)
         for contribution in ingredients:
             _copy_ingredient(contribution, folder / INGREDIENTS_FOLDER / contribution.site)
@@ -120,6 +124,22 @@ def _check_releasable(candidate: Path) -> None:
             "CANDIDATE_CHANGED",
             "the candidate holds trained copies of the experts, which no site has signed; it is only for measuring",
             fix="compose without expert_steps",
+        )
+
+
+def _check_measured(evaluation: Path, candidate: Path) -> None:
+    """The numbers are of these weights: an evaluation names all that it measured by digest."""
+    document = read_json(evaluation)
+    digests = document.get("digests") if isinstance(document, dict) else None
+    measured = digests.get("composed") if isinstance(digests, dict) else None
+    expected = make_parts(candidate, ()).composed(candidate).digest
+    if measured != expected:
+        raise ConfigError(
+            "EVALUATION_OTHER",
+            f"{EVALUATION_FILE} was measured with another candidate than this one",
+            expected=f"numbers of the weights {expected}",
+            got=f"{ascii(measured)[:70] if measured else 'none'}",
+            fix=f"fedcompose coordinator evaluate; or release without numbers: remove {EVALUATION_FILE}",
         )
 
 

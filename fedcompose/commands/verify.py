@@ -14,6 +14,7 @@ from typing import Annotated
 import typer
 
 from fedcompose.bases import Base, base_shapes, resolve_base
+from fedcompose.call import CALL_TYPE
 from fedcompose.commands.chain import Chain, contribution_chain, file_chain, release_chain
 from fedcompose.commands.inspect import Facts, aligned, contribution_facts, release_facts, show, unverified_facts
 from fedcompose.console import AsJson, err, out, print_json
@@ -22,6 +23,7 @@ from fedcompose.contribution import (
     ReceivedContribution,
     VerifiedContribution,
     check_federation,
+    kind_of,
     verify_contribution,
 )
 from fedcompose.errors import ConfigError, MissingError, RefusedError
@@ -38,7 +40,8 @@ from fedcompose.federation import (
     open_federation,
 )
 from fedcompose.files import MAX_JSON_BYTES, read_limited
-from fedcompose.folder import read_file
+from fedcompose.folder import list_files, read_file
+from fedcompose.keys import ENROLMENT_TYPE
 from fedcompose.provenance import PROVENANCE_FILE, parse_provenance, parse_release_provenance
 from fedcompose.release import (
     COMPOSITION_FILE,
@@ -49,6 +52,7 @@ from fedcompose.release import (
     newest_known,
     verify_release,
 )
+from fedcompose.revocations import REVOCATIONS_TYPE
 from fedcompose.trust_state import (
     accepted_federation,
     accepted_file,
@@ -58,6 +62,14 @@ from fedcompose.trust_state import (
 )
 
 DEFAULT_FEDERATION = Path("federation.json")
+
+# What to do with a signed file of another kind.
+INSTEAD = {
+    REVOCATIONS_TYPE: "a revocation list is checked, and from then on applied, by: fedcompose federation accept FILE",
+    ENROLMENT_TYPE: "a request to be enrolled is checked by a root: fedcompose federation enroll FILE --root-key KEY",
+    CALL_TYPE: "a call is checked where it is answered: fedcompose client contribute",
+}
+NAME_THE_FOLDER = "if it belongs to a release or a contribution, name its folder: one signature covers all files"
 
 Signed = Annotated[
     Path, typer.Argument(metavar="PATH", help="A release, a contribution, an outbox, or a federation file.")
@@ -152,6 +164,8 @@ def _verified(
     folders = _folders(folder)
     if is_release(folders[0]):
         return [_verified_release(folders[0], fingerprints, file, at, today)]
+    for each in folders:
+        kind_of(list_files(each))  # before anything is said about federation files
     federation = _federation_for(folders[0], fingerprints, file, at)
     base = _base_here(federation)
     shapes = base_shapes(base) if base else None
@@ -176,7 +190,7 @@ def _verified_release(
 def _verified_file(path: Path, fingerprints: Collection[str] | None, at: datetime) -> OpenedFile:
     """A federation file that `federation accept` would accept; nothing is remembered."""
     envelope = read_limited(path, MAX_JSON_BYTES)
-    federation_id = claimed_federation(envelope)
+    federation_id = _claimed_federation(envelope, path)
     accepted, pin = accepted_file(federation_id), pinned(federation_id)
     opened = open_federation(envelope, accepted[1].federation if accepted else None)
     check_threshold(opened)
@@ -192,11 +206,31 @@ def _verified_file(path: Path, fingerprints: Collection[str] | None, at: datetim
     return opened
 
 
+def _claimed_federation(envelope: bytes, path: Path) -> str:
+    """As `claimed_federation`; for a file of another kind, the text says what to use instead."""
+    try:
+        return claimed_federation(envelope)
+    except RefusedError as error:
+        if error.code not in ("ENVELOPE_SHAPE", "ENVELOPE_TYPE"):
+            raise
+        fix = next((fix for kind, fix in INSTEAD.items() if kind in (error.got or "")), NAME_THE_FOLDER)
+        what = f"{path} is no federation file: {error.what}"
+        raise RefusedError(error.code, what, expected=error.expected, got=error.got, fix=fix) from error
+
+
 def _folders(folder: Path) -> list[Path]:
-    """The signed folders that a person means by `folder`: itself, or its `adapter/` and `traces/`."""
+    """The signed folders that a person means by `folder`: itself, or each `adapter/` and `traces/` of an outbox.
+
+    Raises: ConfigError: `FOLDER_MISSING`.
+    """
+    if folder.is_file():
+        raise ConfigError(
+            "FOLDER_MISSING", f"{folder} is a file, and what is signed as a whole is a folder",
+            fix="name the folder that it lies in; for a federation file: fedcompose federation show FILE",
+        )  # fmt: skip
     folder = folder.resolve()
     inner = [folder / kind for kind in KINDS if (folder / kind).is_dir()]
-    return inner or [folder]
+    return inner or sorted(path for kind in KINDS for path in folder.glob(f"*/{kind}") if path.is_dir()) or [folder]
 
 
 def is_release(folder: Path) -> bool:

@@ -13,6 +13,7 @@ from fedcompose.drafts import create_federation
 from fedcompose.federation import Federation, format_time
 from fedcompose.files import dir_hash, folder_digests
 from fedcompose.revocations import RevokedKey, WithdrawnRelease, next_revocations, no_revocations
+from fedcompose.signing import SignedFiles, verify_files
 from fedcompose.trust_state import accept_revocations, trusted_federation
 from tests.attacks.attack import (
     Cases,
@@ -101,6 +102,42 @@ def another_round(attack: Release) -> None:
     shutil.rmtree(attack.path(OURS))
     shutil.copytree(newer, attack.path(OURS))
     attack.sign()
+
+
+def answering(attack: Release, *calls: str) -> None:
+    """Both experts answer a call of one name; `calls` are the digests of what each site was told."""
+    for row, (site, digest) in enumerate(zip(("site-a", "site-b"), calls, strict=True)):
+        expert = Release(attack.sim, attack.path(f"ingredients/{site}"), attack.sim.sites[site].signer)
+        expert.claim(call={"id": "round-1", "nonce": "0" * 64, "sha256": digest})
+        rename_expert(attack, row, verify_files(expert.path("model.sig").read_bytes(), expert.signer.public_pem))
+    attack.sign()
+
+
+def rename_expert(attack: Release, row: int, signed: SignedFiles) -> None:
+    """The coordinator names an expert by what its site has signed now."""
+    named = {"dirHash": dir_hash(signed.digests)}
+    attack.edit("composition.json", lambda document: document["experts"][row].update(named))
+
+    def change(document: dict[str, Any]) -> None:
+        entry = document["predicate"]["buildDefinition"]["resolvedDependencies"][row + 1]
+        entry["digest"].update(named)
+        entry["annotations"].update(omsPayloadSha256=signed.payload_sha256)
+
+    attack.edit("provenance.json", change)
+
+
+def listed_twice_everywhere(attack: Release) -> None:
+    """One expert in two rows of everything that the coordinator signs, so that it weighs more than it seems."""
+    attack.edit("composition.json", lambda document: document["experts"].append(document["experts"][0]))
+    ingredients(lambda entries: entries.append(entries[1]))(attack)
+    router((3, 32))(attack)
+
+
+def claims_about_other_files(attack: Release) -> None:
+    """The provenance of a release with another router, signed beside this one."""
+    other = {"sha256": "0" * 64}
+    attack.edit("provenance.json", lambda d: next(s for s in d["subject"] if s["name"] == ROUTER).update(digest=other))
+    attack.sign_only()
 
 
 def traces_beside_an_expert(attack: Release) -> None:
@@ -217,6 +254,7 @@ RELEASES: Cases = {
         lambda a: shutil.copy(a.path(f"{OURS}/provenance.json"), a.path("provenance.json")),
         "PROVENANCE_INVALID",
     ),
+    "release-with-claims-about-other-files": (claims_about_other_files, "PROVENANCE_SUBJECTS"),
     "release-for-another-federation": (
         claims(
             lambda p: p["buildDefinition"]["externalParameters"].update(
@@ -243,6 +281,7 @@ RELEASES: Cases = {
     "expert-left-out": (dropped_expert, "COMPOSITION_EXPERTS"),
     "expert-of-another-round": (another_round, "INGREDIENT_MISMATCH"),
     "expert-listed-twice": (composition(lambda c: c["experts"].append(c["experts"][0])), "COMPOSITION_EXPERTS"),
+    "expert-listed-twice-everywhere": (listed_twice_everywhere, "COMPOSITION_EXPERTS"),
     "expert-rows-swapped": (composition(lambda c: c["experts"].reverse()), "COMPOSITION_EXPERTS"),
     "expert-under-another-domain": (
         composition(lambda c: c["experts"][0].update(domain="law")),
@@ -253,6 +292,10 @@ RELEASES: Cases = {
     "expert-of-another-statement": (ingredients(note(omsPayloadSha256="0" * 64)), "INGREDIENT_MISMATCH"),
     "expert-before-its-key-counted": (ingredients(note(receivedOn="2020-01-01T00:00:00Z")), "KEY_EXPIRED"),
     "expert-after-the-release": (ingredients(note(receivedOn="2126-01-01T00:00:00Z")), "INGREDIENT_TIME"),
+    "expert-of-another-call-of-the-same-name": (
+        lambda a: answering(a, "1" * 64, "2" * 64),
+        "INGREDIENT_CALL",
+    ),
     "base-of-another-federation": (ingredients(lambda d: d[0]["digest"].update(dirHash="0" * 64)), "BASE_MISMATCH"),
     "base-twice": (ingredients(lambda d: d.append(d[0])), "PROVENANCE_INVALID"),
     "composition-of-another-base": (composition(lambda c: c["base"].update(dirHash="0" * 64)), "COMPOSITION_MISMATCH"),

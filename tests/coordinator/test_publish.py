@@ -13,6 +13,7 @@ from fedcompose.revocations import RevokedKey, next_revocations, no_revocations
 from fedcompose.trust_state import accept_revocations, trusted_federation
 from fedcompose_coordinator import publish
 from fedcompose_coordinator.decisions import CLOCK_TOLERANCE, Decisions
+from fedcompose_coordinator.evaluation import make_parts
 from tests.coordinator.test_intake import die, killed
 from tests.federation_sim import FederationSim
 
@@ -26,10 +27,28 @@ def test_a_release_holds_what_the_sites_signed_byte_for_byte_and_no_traces(sim: 
     assert not list(release.path.rglob("traces.jsonl"))
 
 
-def test_an_evaluation_goes_in_when_there_is_one(sim: FederationSim) -> None:
-    write_json(sim.coordinator_home / "evaluation.json", {"accuracy": {"composed": {"clock": 0.9}}})
-    release = sim.released()
-    assert release.evaluation == {"accuracy": {"composed": {"clock": 0.9}}}
+def test_an_evaluation_goes_in_when_there_is_one_and_only_the_candidate_s_own(sim: FederationSim) -> None:
+    sim.released()
+    home, candidate = sim.coordinator_home, sim.coordinator_home / "candidate"
+    evaluation = {"digests": {"composed": make_parts(candidate, ()).composed(candidate).digest}}
+    write_json(home / "evaluation.json", evaluation)
+    before = sim.release()
+    assert before.evaluation == evaluation
+    router = (candidate / "router.safetensors").read_bytes()
+    others: tuple[tuple[bytes, Any], ...] = (
+        (router[:-1] + bytes([router[-1] ^ 1]), evaluation),  # composed again, and not measured again
+        (router, {"digests": {"composed": "0" * 64}}),
+        (router, {"accuracy": {}}),
+        (router, {"digests": []}),
+        (router, []),
+    )
+    for weights, measured in others:
+        (candidate / "router.safetensors").write_bytes(weights)
+        write_json(home / "evaluation.json", measured)
+        with pytest.raises(ConfigError) as error:
+            sim.release()
+        assert error.value.code == "EVALUATION_OTHER"
+    assert folder_digests(home / "release")["provenance.json"] == before.digests["provenance.json"]
 
 
 def test_nothing_is_released_from_other_experts_than_the_admitted_ones(sim: FederationSim) -> None:

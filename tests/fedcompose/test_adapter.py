@@ -10,15 +10,18 @@ import pytest
 
 from fedcompose.adapter import (
     CONFIG_FILE,
+    MAX_SCALE,
     WEIGHTS_FILE,
     Adapter,
     StoredTensor,
     canonical_safetensors,
     check_adapter,
+    module_of,
     parse_adapter,
     parse_config,
     parse_safetensors,
     read_adapter,
+    tensor_name,
     write_adapter,
 )
 from fedcompose.bases import Base, base_shapes
@@ -53,6 +56,31 @@ def code(call: Callable[[], object]) -> str:
     with pytest.raises(RefusedError) as refusal:
         call()
     return refusal.value.code
+
+
+def test_names_of_tensors_have_no_room_for_anything_else() -> None:
+    assert module_of(tensor_name("model.layers.0.mlp.up_proj", "A")) == "model.layers.0.mlp.up_proj"
+    for module in ("model.\x1b[2J.up_proj", "../up_proj", "model layers.up_proj", ".up_proj", "up_proj\n", "é.up_proj"):
+        assert code(lambda module=module: module_of(tensor_name(module, "A"))) == "ADAPTER_TENSORS"  # type: ignore[misc]
+
+
+@pytest.mark.parametrize("with_base", [True, False])
+def test_every_target_is_a_module_that_is_there(
+    peft_folder: Path, shapes: dict[str, tuple[int, int]], with_base: bool
+) -> None:
+    config = json.loads((peft_folder / CONFIG_FILE).read_bytes())
+    weights = (peft_folder / WEIGHTS_FILE).read_bytes()
+    known = shapes if with_base else None
+    assert parse_adapter(json.dumps(config).encode(), weights, known)
+    config["target_modules"] = [*config["target_modules"], "nowhere"]
+    assert code(lambda: parse_adapter(json.dumps(config).encode(), weights, known)) == "ADAPTER_TENSORS"
+
+
+def test_the_largest_scale_is_accepted_and_no_larger_one() -> None:
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 2 * MAX_SCALE, "target_modules": ["up_proj"]}
+    assert parse_config(json.dumps(config).encode()).lora_alpha == 2 * MAX_SCALE
+    for change in ({"lora_alpha": 2 * MAX_SCALE + 1}, {"rank_pattern": {"up_proj": 1}}):
+        assert code(lambda change=change: parse_config(json.dumps(config | change).encode())) == "ADAPTER_INVALID"  # type: ignore[misc]
 
 
 def test_reads_what_peft_writes_and_peft_loads_what_we_write(
@@ -246,8 +274,9 @@ def tensor(shape: tuple[int, ...], bits: bytes, dtype: str = "F32") -> StoredTen
         (lambda t: t.update({A0: tensor((4, 32), b"\x80\xff", "BF16")}), "ADAPTER_NOT_FINITE"),
         (lambda t: t.update({A0: tensor((4, 32), b"\x00\x7c", "F16")}), "ADAPTER_NOT_FINITE"),
         (lambda t: t.update({A0: tensor((4, 32), b"\0\0\x80\x4b")}), "ADAPTER_TOO_STRONG"),
+        (lambda t: t.update({A0: tensor((4, 32), b"\xff\xff\x7f\x7f")}), "ADAPTER_TOO_STRONG"),
     ],
-    ids=["lm_head", "base_layer", "path", "missing", "rank", "flat", "nan", "bf16 -inf", "f16 inf", "huge"],
+    ids=["lm_head", "base_layer", "path", "missing", "rank", "flat", "nan", "bf16 -inf", "f16 inf", "huge", "largest"],
 )
 @pytest.mark.parametrize("with_base", [True, False])
 def test_refuses_tensors_the_configuration_does_not_imply(

@@ -152,6 +152,14 @@ def test_an_absent_base_is_an_environment_error_that_says_what_to_do(ref: str, f
     assert fix in (caught.value.fix or "")
 
 
+def test_what_cannot_be_pulled_is_said_with_what_can() -> None:
+    with pytest.raises(MissingError) as caught:
+        pull_base("smollm3")
+    text = caught.value.diagnostics()
+    assert text.startswith("BASE_NOT_FOUND: 'smollm3' names no base model that could be fetched")
+    assert "one of smollm2-135m; or a hub id, ORG/NAME" in text
+
+
 def test_a_folder_without_config_or_with_pickled_weights_only_is_unusable(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
     (tmp_path / "pytorch_model.bin").write_bytes(b"\x80\x04")

@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 
 from fedcompose.bases import base_shapes
-from fedcompose.contribution import ReceivedContribution, VerifiedContribution, verify_contribution
+from fedcompose.contribution import CLOCK_SKEW, ReceivedContribution, VerifiedContribution, verify_contribution
 from fedcompose.errors import RefusedError
+from tests.attacks import attack
 from tests.federation_sim import FederationSim
 
 
@@ -35,12 +36,52 @@ def test_the_digest_is_the_one_a_shell_computes(sim: FederationSim) -> None:
     assert shell.stdout.split()[0] == adapter.dir_hash
 
 
+def code_of(sim: FederationSim, folder: Path) -> str | None:
+    try:
+        verify(sim, folder)
+    except RefusedError as error:
+        return error.code
+    return None
+
+
+def sign(sim: FederationSim, folder: Path) -> None:
+    """All that lies in the folder, by site a, with claims about just these files."""
+    attack.Contribution(sim, folder, sim.sites["site-a"].signer).sign()
+
+
 def test_a_readme_may_come_along_if_it_is_signed(sim: FederationSim) -> None:
     adapter, _ = sim.contribute("site-a")
     (adapter.path / "README.md").write_text("about this expert")
-    with pytest.raises(RefusedError) as refusal:
-        verify(sim, adapter.path)
-    assert refusal.value.code == "FILE_UNSIGNED"
+    assert code_of(sim, adapter.path) == "FILE_UNSIGNED"
+    sign(sim, adapter.path)
+    assert code_of(sim, adapter.path) is None
+
+
+def test_no_other_file_may_come_along_even_if_it_is_signed(sim: FederationSim) -> None:
+    adapter, _ = sim.contribute("site-a")
+    (adapter.path / "adapter_model.bin").write_bytes(b"x")
+    sign(sim, adapter.path)
+    assert code_of(sim, adapter.path) == "FILE_UNEXPECTED"
+
+
+def test_a_base_must_be_one_of_the_federation_s(sim: FederationSim) -> None:
+    adapter, _ = sim.contribute("site-a")
+    bases = sim.federation.base_models
+    for changed in ({"dir_hash": "0" * 64}, {"name": "another"}):
+        federation = sim.federation.model_copy(update={"base_models": (bases[0].model_copy(update=changed),)})
+        with pytest.raises(RefusedError) as refusal:
+            verify_contribution(ReceivedContribution(adapter.path), federation, now=sim.now)
+        assert refusal.value.code == "BASE_MISMATCH"
+
+
+@pytest.mark.parametrize(
+    ("ahead", "code"), [(CLOCK_SKEW, None), (CLOCK_SKEW + timedelta(seconds=1), "CONTRIBUTION_FROM_FUTURE")]
+)
+def test_a_site_s_clock_may_be_a_little_ahead(sim: FederationSim, ahead: timedelta, code: str | None) -> None:
+    sim.now += ahead
+    adapter, _ = sim.contribute("site-a")
+    sim.now -= ahead
+    assert code_of(sim, adapter.path) == code
 
 
 def test_reading_later_notices_a_change(sim: FederationSim) -> None:

@@ -8,10 +8,20 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from safetensors import SafetensorError
 
 from fedcompose import cli
 from fedcompose.errors import FedcomposeError, MissingError, RefusedError
-from fedcompose.files import dir_hash, folder_digests, new_folder, parse_json, read_limited, write_atomic
+from fedcompose.files import (
+    MAX_JSON_DEPTH,
+    dir_hash,
+    disk_errors,
+    folder_digests,
+    new_folder,
+    parse_json,
+    read_limited,
+    write_atomic,
+)
 
 
 def test_a_new_folder_replaces_the_old_one_only_when_it_is_complete(tmp_path: Path) -> None:
@@ -51,6 +61,28 @@ def test_a_failed_write_leaves_the_old_bytes(tmp_path: Path, monkeypatch: pytest
 
 
 @pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), "DISK_FULL"),
+        (OSError(errno.EDQUOT, "Disk quota exceeded"), "DISK_FULL"),
+        (SafetensorError("I/O error: No space left on device"), "DISK_FULL"),
+        (SafetensorError("Error while serializing: I/O error (OS error 28)"), "DISK_FULL"),
+        (OSError(errno.EACCES, "Permission denied"), "DISK_READ_ONLY"),
+        (OSError(errno.EROFS, "Read-only file system"), "DISK_READ_ONLY"),
+        (OSError(errno.EIO, "Input/output error"), None),
+        (SafetensorError("Error while deserializing header"), None),
+    ],
+    ids=lambda value: None if isinstance(value, str | None) else repr(value),
+)
+def test_a_disk_that_cannot_be_written_is_said_and_nothing_else_is_taken_for_one(
+    tmp_path: Path, error: Exception, code: str | None
+) -> None:
+    with pytest.raises(MissingError if code else type(error)) as caught, disk_errors(tmp_path):
+        raise error
+    assert getattr(caught.value, "code", None) == code
+
+
+@pytest.mark.parametrize(
     "text",
     [
         b'{"a":1,"a":2}',
@@ -69,6 +101,17 @@ def test_refuses_json_that_two_readers_could_read_differently(text: bytes) -> No
     with pytest.raises(RefusedError) as caught:
         parse_json(text, "it")
     assert caught.value.code == "JSON_INVALID"
+
+
+def test_reads_json_up_to_its_limits() -> None:
+    assert parse_json(b'"\\u00e9\\ud83d\\ude00"', "it") == "é😀"
+    assert parse_json(b"[12345]", "it", max_bytes=7) == [12345]
+    deepest = b"[" * MAX_JSON_DEPTH + b"]" * MAX_JSON_DEPTH
+    assert parse_json(deepest, "it")
+    for text, limit in ((b"[123456]", 7), (b"[" + deepest + b"]", 1000)):
+        with pytest.raises(RefusedError) as caught:
+            parse_json(text, "it", max_bytes=limit)
+        assert caught.value.code == "JSON_INVALID"
 
 
 def test_large_files_and_what_is_no_file_are_not_read(tmp_path: Path) -> None:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from fedcompose.errors import RefusedError
+from fedcompose.errors import FedcomposeError, RefusedError
 from fedcompose.folder import check_names, copy_file, hash_file, list_files, open_hashed, read_file
 
 DATA = bytes(range(256)) * 4000
@@ -44,6 +45,43 @@ def test_all_ways_of_reading_give_one_digest_and_one_limit(tmp_path: Path) -> No
         with pytest.raises(RefusedError) as caught:
             action()
         assert caught.value.code == "FILE_TOO_LARGE"
+
+
+def code_of(action: Callable[[], object]) -> str | None:
+    try:
+        action()
+    except FedcomposeError as error:
+        return error.code
+    return None
+
+
+def test_what_was_put_in_the_place_of_a_file_since_it_was_listed_is_not_read(tmp_path: Path) -> None:
+    """Only the open file can tell, so reading does not rely on the list."""
+    (tmp_path / "file").write_bytes(b"x")
+    os.link(tmp_path / "file", tmp_path / "second")
+    os.mkfifo(tmp_path / "fifo")
+    (tmp_path / "link").symlink_to("file")
+    for name, code in (("file", "FILE_LINKED"), ("fifo", "FILE_NOT_REGULAR"), ("link", "FILE_NOT_REGULAR")):
+        assert code_of(lambda name=name: read_file(tmp_path, name, 9)) == code  # type: ignore[misc]
+    (tmp_path / "second").unlink()
+    assert read_file(tmp_path, "file", 9) == b"x"
+
+
+def test_folders_are_listed_to_a_depth_and_no_deeper(tmp_path: Path) -> None:
+    deep = tmp_path / "1" / "2"
+    deep.mkdir(parents=True)
+    (deep / "file").write_bytes(b"x")
+    assert list_files(tmp_path) == {"1/2/file": 1}
+    (deep / "3").mkdir()
+    (deep / "3" / "file").write_bytes(b"x")
+    assert code_of(lambda: list_files(tmp_path)) == "FILE_UNEXPECTED"
+
+
+def test_a_link_to_a_folder_is_told_from_a_folder_that_is_not_there(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"x")
+    (tmp_path / "link").symlink_to(tmp_path)
+    for name, code in (("file", "FOLDER_MISSING"), ("nothing", "FOLDER_MISSING"), ("link", "FILE_NOT_REGULAR")):
+        assert code_of(lambda name=name: list_files(tmp_path / name)) == code  # type: ignore[misc]
 
 
 def test_a_folder_that_becomes_a_link_while_it_is_listed_is_refused(

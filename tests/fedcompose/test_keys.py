@@ -178,7 +178,16 @@ def test_refuses_other_private_files(tmp_path: Path, content: bytes) -> None:
 
 
 def test_a_signer_does_not_show_its_key(tmp_path: Path) -> None:
-    assert "_key" not in repr(load_signer(site_key(tmp_path).private))
+    key = site_key(tmp_path)
+    signer = load_signer(key.private)
+    body = key.private.read_text().splitlines()[1:-1]
+    number = signer._key.private_numbers().private_value
+    shown = f"{signer!r} {signer} {[signer]}"
+    key.private.write_text(key.private.read_text().replace("END", "END OF"))
+    with pytest.raises(ConfigError) as damaged:
+        load_signer(key.private)
+    shown += damaged.value.diagnostics() + str(damaged.value)
+    assert not [secret for secret in ("_key=", str(number), f"{number:x}", *body) if secret in shown]
 
 
 # --- enrolment ------------------------------------------------------------------------------------

@@ -10,14 +10,16 @@ from typing import Any
 import pytest
 
 import fedcompose
+from fedcompose import release
 from fedcompose.amendments import change_roots, revoke_keys, set_status
 from fedcompose.cli import main
+from fedcompose.contribution import CLOCK_SKEW
 from fedcompose.drafts import amend, sign_draft
 from fedcompose.errors import RefusedError
-from fedcompose.federation import Revocation
+from fedcompose.federation import Revocation, format_time
 from fedcompose.files import folder_digests, sha256_hex, write_json
 from fedcompose.keys import load_signer, new_key, read_enrolment
-from fedcompose.release import ReceivedRelease, VerifiedRelease, cautions, verify_for_use, verify_release
+from fedcompose.release import ReceivedRelease, VerifiedRelease, cautions, judge_today, verify_for_use, verify_release
 from fedcompose.revocations import RevokedKey, WithdrawnRelease, next_revocations, no_revocations
 from fedcompose.signing import sign_files
 from fedcompose.trust_state import accept_revocations, accepted_file, trusted_federation
@@ -69,8 +71,39 @@ def test_a_release_verifies_anywhere_and_years_later(made: FederationSim, tmp_pa
     assert there.dir_hash == verify(made, received(made).path).dir_hash
 
 
+def test_claims_that_change_while_the_release_is_verified_are_refused(
+    made: FederationSim, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The time of the release decides which keys count, and it is read before the signature can be."""
+    honest = release.read_file
+
+    def exchanged(folder: Path, name: str, max_bytes: int) -> bytes:
+        data = honest(folder, name, max_bytes)
+        later = format_time(made.now + timedelta(seconds=1)).encode()
+        return data.replace(format_time(made.now).encode(), later) if name == "provenance.json" else data
+
+    assert refusal_of(verify, made, received(made).path) is None
+    monkeypatch.setattr(release, "read_file", exchanged)  # what is compared with the signature is read elsewhere
+    assert refusal_of(verify, made, received(made).path) == "FILE_CHANGED"
+
+
 def test_a_release_from_later_than_now_is_refused(made: FederationSim) -> None:
     assert refusal_of(verify, made, received(made).path, -HOUR) == "RELEASE_FROM_FUTURE"
+    assert refusal_of(verify, made, received(made).path, -CLOCK_SKEW) is None
+    assert refusal_of(verify, made, received(made).path, -CLOCK_SKEW - timedelta(seconds=1)) == "RELEASE_FROM_FUTURE"
+
+
+def test_a_release_is_judged_by_its_own_federation_and_coordinator(made: FederationSim) -> None:
+    found, federation = verify(made, received(made).path), made.federation
+    hub = federation.coordinators[0].model_copy(update={"id": "other"})
+    others = {
+        None: {},
+        "FEDERATION_MISMATCH": {"id": "urn:uuid:00000000-0000-4000-8000-000000000009"},
+        "FEDERATION_OLD": {"version": 1},
+        "COORDINATOR_MISMATCH": {"coordinators": (hub,)},
+    }
+    for code, changed in others.items():
+        assert refusal_of(judge_today, found, federation.model_copy(update=changed)) == code
 
 
 def test_without_fingerprints_the_accepted_versions_decide(made: FederationSim) -> None:

@@ -23,6 +23,8 @@ from fedcompose.files import dump_json, folder_digests, write_json
 from fedcompose.keys import FileSigner, _signer
 from fedcompose.release import ReceivedRelease, verify_release
 from fedcompose.signing import sign_envelope, sign_files
+from tests.attacks import releases
+from tests.attacks.attack import Release
 from tests.federation_sim import FederationSim, make_federation
 
 SCRIPT = Path(__file__).parents[2] / "docs" / "verify.sh"
@@ -171,6 +173,11 @@ def claimed(path: str, value: Any) -> Tamper:
     return edited("provenance.json", change)
 
 
+def answering(*calls: str) -> Tamper:
+    """Both experts answer a call of one name, of which each site may have been told something else."""
+    return lambda folder, sim: releases.answering(Release(sim, folder, sim.coordinator), *calls)
+
+
 def untouched(*_: Any) -> None:
     """No change."""
 
@@ -226,6 +233,8 @@ RELEASES: dict[str, tuple[Tamper, str | None]] = {
         signed(claimed(f"{DEPENDENCIES}/1/annotations/receivedOn", LATE)), "KEY_EXPIRED"
     ),
     "received after its site's key was stolen": (signed(federated(revoke_before)), "KEY_REVOKED"),
+    "experts of two calls with one name": (answering("1" * 64, "2" * 64), "INGREDIENT_CALL"),
+    "experts of one call": (answering("1" * 64, "1" * 64), None),
     "another federation": (
         signed(federated(lambda document, _: document.update(federation=OTHER))),
         "FEDERATION_MISMATCH",

@@ -200,6 +200,8 @@ SIGNED = {
     "no subject": ("subject", []),
     "two subjects": ("subject", 1, {"name": "b", "digest": {"sha256": "0" * 64}}),
     "empty name": ("subject", 0, "name", ""),
+    "name that is a number": ("subject", 0, "name", 1),
+    "name too long": ("subject", 0, "name", "a" * 256),
     "name with an escape": ("subject", 0, "name", "\x1b[31m"),
     "name with half a surrogate": ("subject", 0, "name", "\ud800"),
     "wrong root digest": ("subject", 0, "digest", {"sha256": "0" * 64}),
@@ -238,6 +240,11 @@ SIGNED = {
 def test_refuses_a_hostile_statement_with_a_valid_signature(path: tuple[Any, ...]) -> None:
     bundle = signed_statement(put(*path))
     assert refusal(lambda: verify_files(bundle, SIGNER.public_pem)) == "SIGNATURE_STATEMENT"
+
+
+@pytest.mark.parametrize("path", [("subject", 0, "name", "é" * 255), (*FIRST, "name", "a" * 255)])
+def test_the_longest_names_are_accepted(path: tuple[Any, ...]) -> None:
+    assert verify_files(signed_statement(put(*path)), SIGNER.public_pem)
 
 
 def list_files(names: list[str]) -> Callable[[dict[str, Any]], None]:
@@ -429,6 +436,18 @@ def test_counts_each_key_that_signed_a_document() -> None:
     verified = verify_envelope(envelope, TYPE, KEYS)
     assert verified.payload == b"payload"
     assert verified.keyids == frozenset(KEYS)
+
+
+def test_a_key_that_cannot_be_used_is_not_blamed_on_the_document() -> None:
+    pem = pem_of(ed25519.Ed25519PrivateKey.from_private_bytes(b"5" * 32).public_key())
+    envelope = sign_envelope(b"{}", TYPE, [SIGNER]).replace(SIGNER.keyid.encode(), keyid_of(pem).encode())
+    assert refusal(lambda: verify_envelope(envelope, TYPE, {keyid_of(pem): pem})) == "KEY_UNUSABLE"
+
+
+@pytest.mark.parametrize("signers", [[], [SIGNER, OTHER, SIGNER]], ids=["nobody", "one key twice"])
+def test_makes_no_envelope_that_nobody_would_accept(signers: list[MemorySigner]) -> None:
+    with pytest.raises(ValueError, match="at least one signer"):
+        sign_envelope(b"{}", TYPE, signers)
 
 
 def test_refuses_a_document_of_another_kind_even_if_the_label_is_changed() -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import base64
 import json
 import os
 import re
@@ -18,9 +19,10 @@ from fedcompose.amendments import revoke_keys, set_status
 from fedcompose.cli import main
 from fedcompose.drafts import amend
 from fedcompose.explanations import EXPLANATIONS
-from fedcompose.federation import Revocation, format_time
-from fedcompose.files import folder_digests, write_json
-from fedcompose.signing import sign_files
+from fedcompose.federation import FEDERATION_TYPE, Revocation, format_time
+from fedcompose.files import folder_digests, sha256_hex, write_json
+from fedcompose.revocations import RevokedKey, next_revocations, no_revocations
+from fedcompose.signing import sign_envelope, sign_files
 from fedcompose.trust_state import trusted_federation
 from tests.federation_sim import FederationSim, make_federation
 
@@ -205,28 +207,36 @@ def untouched(*_: Any) -> None:
     """No change."""
 
 
+NEXT_YEAR, YEAR_AFTER = (format_time(datetime.now(UTC) + timedelta(days=days)) for days in (365, 730))
 BEFORE, AGO = format_time(datetime.now(UTC) - HOUR), "2026-01-01T00:00:00Z"
 OTHER = "urn:uuid:6b0c0000-0000-4000-8000-000000000002"
 
 REFUSALS: dict[str, tuple[Callable[[FederationSim, Path], None], Callable[[dict[str, Any]], None], str, str]] = {
     # what happened: to the contribution, to the federation file, the code, and words of the error
-    "two sites swap keys": (swapped, untouched, "SITE_MISMATCH", "claims another site than its signer"),
+    "two sites swap keys": (
+        swapped, untouched, "SITE_MISMATCH", "the key of site site-b signed what claims to come from site site-a"
+    ),
     "an expired key": (
-        untouched, key_of_site_a(not_before=AGO, not_after=BEFORE), "KEY_EXPIRED", "did not count at that time"
+        untouched, key_of_site_a(not_before=AGO, not_after=BEFORE), "KEY_EXPIRED", "the key of site site-a had expired"
+    ),
+    "a key of tomorrow": (
+        untouched, key_of_site_a(not_before=NEXT_YEAR, not_after=YEAR_AFTER), "KEY_EXPIRED", "did not count yet"
     ),
     "a rotated key": (
         untouched, key_of_site_a(revoked={"at": BEFORE, "reason": "rotated"}), "KEY_REVOKED",
-        "another key took its place",
+        "another key took its place\n  expected  a time before",
     ),
     "a compromised key": (
         untouched, key_of_site_a(revoked={"at": BEFORE, "reason": "compromised"}), "KEY_REVOKED",
-        "somebody else may hold it",
+        "do not use this; ask its owner, by phone or in person",
     ),
     "a frozen federation file": (
-        untouched, lambda document: document.update(issued=AGO, expires=BEFORE), "FEDERATION_EXPIRED", "has expired"
+        untouched, lambda document: document.update(issued=AGO, expires=BEFORE), "FEDERATION_EXPIRED",
+        "version 5 of the federation file has expired",
     ),
     "the wrong federation": (
-        untouched, lambda document: document.update(federation=OTHER), "FEDERATION_MISMATCH", "another federation"
+        untouched, lambda document: document.update(federation=OTHER), "FEDERATION_MISMATCH",
+        "signed for another federation than 'Test'",
     ),
     "a clock set back": (dated(hours=24), untouched, "CONTRIBUTION_FROM_FUTURE", "later than it was received"),
     "nothing": (dated(hours=0), untouched, "", "Verified as of now"),
@@ -249,10 +259,125 @@ def test_each_refusal_is_explained(made: FederationSim, run: Run, tmp_path: Path
         assert text.startswith(f"{code}: ") and EXPLANATIONS[code] in text
 
 
-def test_a_rolled_back_federation_file_is_explained(made: FederationSim, file: Path, run: Run) -> None:
+def is_explained(refused: tuple[int, str], code: str, *words: str) -> None:
+    """The code, then what was expected and found, then what it means."""
+    status, text = refused
+    assert status == 1 and text.startswith(f"{code}: ") and text.endswith(f"\n\n{EXPLANATIONS[code]}\n")
+    assert all(each in text for each in words), text
+
+
+def test_a_rolled_back_federation_file_is_explained(made: FederationSim, file: Path, release: Path, run: Run) -> None:
     accept(made, lambda document: document)
-    status, text = run("verify", file)
-    assert status == 1 and text.startswith("FEDERATION_ROLLBACK: ") and EXPLANATIONS["FEDERATION_ROLLBACK"] in text
+    words = (
+        "expected  version 5 or later\n  got       version 4",
+        "ask a root or the coordinator for the current file",
+    )
+    is_explained(run("verify", file), "FEDERATION_ROLLBACK", *words)
+    is_explained(run("federation", "accept", file), "FEDERATION_ROLLBACK", *words)
+    is_explained(run("verify", release, "--federation", file), "FEDERATION_ROLLBACK", *words)
+
+
+def test_a_federation_file_that_is_shown_until_it_expires_is_explained(
+    made: FederationSim, run: Run, tmp_path: Path
+) -> None:
+    """What this machine accepted expires while nobody brings a newer one."""
+    before = made.now - timedelta(days=100)
+    old = later(made, lambda document: document.update(issued=format_time(before), expires=BEFORE))
+    trusted_federation(old, [made.root.keyid], before)
+    is_explained(
+        run("verify", made.sites["site-a"].outbox), "FEDERATION_EXPIRED", f"a time before {BEFORE}", "or check this"
+    )
+
+
+def test_keys_that_two_sites_swapped_in_the_federation_file_are_explained(
+    made: FederationSim, run: Run, tmp_path: Path
+) -> None:
+    trusted_federation(made.envelope, [made.root.keyid], made.now)
+    payload = base64.b64decode(json.loads(made.envelope)["payload"])
+    document = json.loads(payload)
+    document |= {"version": document["version"] + 1, "previous": sha256_hex(payload)}
+    first, second = document["sites"]
+    first["keys"], second["keys"] = second["keys"], first["keys"]
+    swap = tmp_path / "swapped.json"
+    swap.write_bytes(sign_envelope(json.dumps(document).encode(), FEDERATION_TYPE, [made.root]))
+    words = ("a key was given to another holder", "to stay with site site-b", "got       site site-a")
+    is_explained(run("federation", "accept", swap), "FEDERATION_KEY_MOVED", *words)
+
+
+def test_a_clock_set_back_is_explained(made: FederationSim, file: Path, run: Run, private_home: Path) -> None:
+    trusted_federation(made.envelope, [made.root.keyid], made.now + timedelta(days=5))
+    words = ("this machine's clock is behind: it has been later before", "set the clock; if it is right")
+    is_explained(run("federation", "accept", file), "CLOCK_BEHIND", *words)
+    is_explained(run("verify", made.sites["site-a"].outbox, "--federation", file), "CLOCK_BEHIND", *words)
+
+
+def test_a_contribution_that_is_sent_again_is_explained(sim: FederationSim, run: Run, tmp_path: Path) -> None:
+    """To the coordinator, which alone remembers what came before."""
+    trusted_federation(sim.envelope, [sim.root.keyid], sim.now)
+    settings = f'id = "hub"\nbase = "{sim.base.path}"\nkey = "keys/hub.key"\n'
+    (sim.coordinator_home / "coordinator.toml").write_text(settings)
+    sim.contribute("site-a")
+    old = shutil.copytree(sim.sites["site-a"].outbox / "adapter", tmp_path / "old")
+    (old / "README.md").unlink(missing_ok=True)
+    sim.contribute("site-a")
+    assert run("coordinator", "receive", "--home", sim.coordinator_home, sim.sites["site-a"].outbox)[0] == 0
+    status, text = run("coordinator", "receive", "--home", sim.coordinator_home, old)
+    assert status == 1 and "REPLAYED: site site-a sent a contribution that is older than one received before" in text
+    assert "expected  a sequence number above" in text and EXPLANATIONS["REPLAYED"] in text
+
+
+# --- what is no signed folder ---------------------------------------------------------------------
+
+
+def test_says_what_is_wrong_with_the_path(made: FederationSim, release: Path, run: Run, tmp_path: Path) -> None:
+    for command in ("verify", "inspect"):
+        status, text = run(command, tmp_path / "nowhere")
+        assert status == 2 and text.startswith(f"FOLDER_MISSING: {tmp_path / 'nowhere'} is not a readable folder")
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "notes.txt").write_text("x")
+    is_explained(run("verify", tmp_path / "other"), "CONTRIBUTION_UNKNOWN", "the folder is not a contribution")
+    status, text = run("inspect", release / "federation.json")
+    assert status == 2 and "is a file" in text and "fedcompose federation show FILE" in text
+
+
+def test_says_which_command_is_for_another_file(made: FederationSim, release: Path, run: Run, tmp_path: Path) -> None:
+    entry = RevokedKey(keyid=made.coordinator.keyid, at=made.now, reason="rotated")
+    listed = tmp_path / "revocations.json"
+    listed.write_bytes(next_revocations(no_revocations(made.federation.id), [entry], [], made.root, made.now))
+    is_explained(
+        run("verify", listed), "ENVELOPE_TYPE", "is no federation file", "vnd.fedcompose.revocations.v1+json",
+        "from then on applied, by: fedcompose federation accept FILE",
+    )  # fmt: skip
+    for name in ("composition.json", "router.safetensors"):
+        is_explained(run("verify", release / name), "ENVELOPE_SHAPE", "is no federation file", "name its folder")
+
+
+def test_verifies_an_outbox_by_the_folder_above_its_domain(made: FederationSim, file: Path, run: Run) -> None:
+    above = made.sites["site-a"].outbox.parent
+    status, text = run("verify", above, "--federation", file, "--root-fingerprint", made.root.keyid)
+    assert status == 0 and text.count("Verified as of now") == 2
+
+
+def test_an_unknown_federation_is_explained_with_what_to_do(made: FederationSim, release: Path, run: Run) -> None:
+    words = ("give them: --root-fingerprint FINGERPRINT", "`fedcompose federation accept FILE` with them")
+    is_explained(run("verify", release), "TRUST_ROOT_UNKNOWN", *words)
+
+
+def test_a_memory_of_another_version_is_named_with_the_way_out(
+    made: FederationSim, release: Path, file: Path, run: Run, private_home: Path
+) -> None:
+    trusted_federation(made.envelope, [made.root.keyid], made.now)
+    state = private_home / "trust-state.json"
+    document = json.loads(state.read_bytes())
+    for remembered in document["federations"].values():
+        del remembered["seen"], remembered["history"]
+    write_json(state, document)
+    status, text = run("verify", release)
+    assert status == 2 and text.startswith(f"TRUST_STATE_INVALID: {state} is damaged, or another version of fedcompose")
+    assert "move it away, and accept the newest federation file and revocation list once more" in text
+    state.rename(private_home / "moved")
+    assert run("federation", "accept", file, "--root-fingerprint", made.root.keyid)[0] == 0
+    assert run("verify", release)[0] == 0
 
 
 def test_the_file_given_must_be_of_the_release_s_federation(
