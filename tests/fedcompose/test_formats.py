@@ -23,6 +23,7 @@ from fedcompose.errors import RefusedError
 from fedcompose.explanations import EXPLANATIONS
 from fedcompose.federation import Federation
 from fedcompose.files import dump_json, sha256_hex
+from fedcompose.invitation import Invitation
 from fedcompose.keys import Enrolment, read_enrolment
 from fedcompose.provenance import _Statement, parse_provenance, parse_release_provenance
 from fedcompose.release import Composition, parse_composition
@@ -64,6 +65,7 @@ PARSERS: dict[str, Callable[[bytes], object]] = {
     "federation": validated(Federation),
     "revocations": parse_revocations,
     "enrolment": validated(Enrolment),
+    "invitation": validated(Invitation),
     "call": lambda data: parse_call(dump_json(json.loads(data))),
     "adapter_config.json": parse_config,
     "trace": lambda data: decode(data),
@@ -116,7 +118,8 @@ def names_in(schema: Any) -> Iterator[str]:
 
 
 @pytest.mark.parametrize(
-    "model", [Federation, Revocations, Enrolment, Call, AdapterConfig, Trace, _Statement, Composition, Approval]
+    "model",
+    [Federation, Revocations, Enrolment, Invitation, Call, AdapterConfig, Trace, _Statement, Composition, Approval],
 )
 def test_every_field_is_mentioned(model: type[BaseModel]) -> None:
     names = set(names_in(model.model_json_schema(by_alias=True)))
