@@ -170,7 +170,7 @@ def measured_transfer(count: int, megabytes: int) -> dict[str, Any]:
             fetching = time.perf_counter()
             deployed.wait(lambda: all(deployed.state(name) in ("received", "admitted") for name in parties.names), 1800)
             received = time.perf_counter()
-            peaks = memory(deployed)
+            peaks = footprint(deployed)
             deployed.wait(lambda: all(deployed.state(name) == "admitted" for name in parties.names), 600)
             admitted = time.perf_counter()
         plain += [plain_tls_copy(parties) for _ in range(PLAIN_COPIES)]
@@ -182,7 +182,7 @@ def measured_transfer(count: int, megabytes: int) -> dict[str, Any]:
             "judge_s": round(admitted - received, 2),
             "plain_tls_s": round(count * min(plain), 2),
             "plain_tls_slowest_s": round(count * max(plain), 2),
-            "peak_mb": peaks,
+            "peak_mb_and_cpu_s": peaks,
         }
 
 
@@ -195,17 +195,19 @@ def keep_everywhere(parties: Parties, call: Any) -> None:
         keep(parties.site(name), call, envelope, parties.now)
 
 
-def memory(deployed: Deployed) -> dict[str, float]:
-    """Of each kind of process, the one that held most."""
-    peaks: dict[str, float] = {}
+def footprint(deployed: Deployed) -> dict[str, list[float]]:
+    """Peak memory in MB and processor seconds, which a busy machine does not stretch; of the largest of each kind."""
+    costs: dict[str, list[float]] = {}
     for kind, words in PROCESSES.items():
-        pids = [
-            each.pid
-            for each in processes().values()
-            if words in each.command and str(deployed.parties.root) in each.command
-        ]
-        peaks[kind] = round(max((peak_mb(pid) for pid in pids), default=0.0), 1)
-    return peaks
+        commands = {each.pid: each.command for each in processes().values()}
+        pids = [pid for pid, command in commands.items() if words in command and str(deployed.parties.root) in command]
+        costs[kind] = [round(max(measure(pid) for pid in pids), 1) for measure in (peak_mb, cpu_s)]
+    return costs
+
+
+def cpu_s(pid: int) -> float:
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def plain_tls_copy(parties: Parties) -> float:

@@ -5,7 +5,8 @@
 An event is the constant text of the call that logs it; arguments are never put into it. Values stand only under the
 names in `FIELDS`, and only if they are of the form given there: names, codes, digests and numbers, so that no sentence
 fits. Of an exception its type and place are kept, not its message, for a message may quote what it is about. Of other
-people's packages, whose texts we do not know, only the logger's name and the place are kept.
+people's packages, whose texts we do not know, only the logger's name and the place are kept. Whoever looks for a fault
+sets FEDCOMPOSE_DEBUG=1 and sees every text, which may then quote data.
 
     log.warning("refused an action", extra={"code": error.code, "site": site})
 """
@@ -14,6 +15,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import re
 import sys
 import traceback
@@ -25,6 +27,7 @@ from typing import Any, TextIO
 from fedcompose.federation import format_time
 
 OWN = ("fedcompose", "fedcompose_client", "fedcompose_coordinator")
+DEBUG = "FEDCOMPOSE_DEBUG"
 MAX_NUMBER = 1 << 63
 
 _NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,62}", re.ASCII)
@@ -73,6 +76,8 @@ class JsonLines(logging.Formatter):
         line |= {name: value for name in FIELDS if is_loggable(name, value := record.__dict__.get(name))}
         if record.exc_info and record.exc_info[1] is not None:
             line |= _failure(record.exc_info[1])
+        if DEBUG in os.environ:
+            line["text"] = super().format(record)
         return json.dumps(line, sort_keys=True, separators=(",", ":"), allow_nan=False)
 
 

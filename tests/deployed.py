@@ -95,9 +95,9 @@ def found(root: Path, count: int, hidden: int, rank: int, modules: int) -> Parti
     ]  # fmt: skip
     write_atomic(parties.home / "coordinator.toml", "\n".join(lines).encode())
     trusted_federation(envelope, [chair.keyid], parties.now)
-    adapter = made_adapter(root / "adapter", hidden, rank, modules)
-    for name in parties.names:
-        made_site(parties, name, base, rank, adapter)
+    for seed, name in enumerate(parties.names):
+        made_site(parties, name, base, rank)
+        made_adapter(parties.site(name) / "runs" / name / "expert", seed, hidden, rank, modules)
     return parties
 
 
@@ -112,12 +112,14 @@ def made_base(folder: Path, hidden: int, modules: int) -> Path:
     return folder
 
 
-def made_adapter(folder: Path, hidden: int, rank: int, modules: int) -> Path:
-    """The same random numbers for every tensor; only its size and its being finite matter here."""
-    block = (np.random.default_rng(0).standard_normal(rank * hidden, dtype=np.float32) * 0.001).tobytes()
+def made_adapter(folder: Path, seed: int, hidden: int, rank: int, modules: int) -> Path:
+    """Random numbers, others in every tensor and at every site: Flower sends equal bytes only once."""
+    source = np.random.default_rng(seed)
     shapes = {"A": (rank, hidden), "B": (hidden, rank)}
     tensors = {
-        tensor_name(f"model.layers.{n}.mlp.up_proj", side): StoredTensor("F32", shape, memoryview(block))
+        tensor_name(f"model.layers.{n}.mlp.up_proj", side): StoredTensor(
+            "F32", shape, memoryview((source.standard_normal(rank * hidden, dtype=np.float32) * 0.001).tobytes())
+        )
         for n in range(modules)
         for side, shape in shapes.items()
     }
@@ -127,8 +129,8 @@ def made_adapter(folder: Path, hidden: int, rank: int, modules: int) -> Path:
     return folder
 
 
-def made_site(parties: Parties, name: str, base: Path, rank: int, adapter: Path) -> None:
-    """Settings, and a finished run with this adapter."""
+def made_site(parties: Parties, name: str, base: Path, rank: int) -> None:
+    """Settings, and what a finished run says about itself."""
     keys, site = parties.root / "keys", parties.site(name)
     lines = [
         f'id = "{name}"', f'base = "{base}"', f'key = "{keys / name}.key"', f'node_key = "{keys / name}.node.key"',
@@ -137,8 +139,6 @@ def made_site(parties: Parties, name: str, base: Path, rank: int, adapter: Path)
     ]  # fmt: skip
     write_atomic(site / "site.toml", "\n".join(lines).encode())
     run = site / "runs" / name
-    run.mkdir(parents=True)
-    (run / "expert").symlink_to(adapter)
     score = {"value": 0.5, "low": 0.4, "high": 0.6, "n": 200}
     write_json(run / "result.json", {"accuracy": {"base": score, "rlvr": score}, "settings": {"seed": 0}})
 

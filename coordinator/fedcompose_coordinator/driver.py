@@ -15,6 +15,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from fedcompose_coordinator.home import open_home
 from fedcompose_coordinator.jobs import Job
 
 # isort: split
+import flwr.superlink.grid.http_grid as http_grid
 from flwr.common.serde import context_from_proto, run_from_proto
 from flwr.proto.runtime_pb2 import AcquireTaskRequest, PullTaskInputRequest
 from flwr.supercore.constant import TaskType
@@ -41,6 +43,8 @@ log = logging.getLogger("fedcompose_coordinator.driver")  # also when run as a p
 
 CLAIM_EVERY_S = 0.5
 DOOR_EVERY_S = 1.0
+# Flower would wait for two hours for a reply that was announced and never came, and all other sites with it.
+PULL_TIMEOUT_S = 60.0
 DOOR_MOVED = 75  # this process's exit status when the SuperLink was started anew
 
 
@@ -74,6 +78,7 @@ def drive(home: Path) -> None:
 @contextmanager
 def claimed_run(door: dict[str, Any]) -> Iterator[tuple[Grid, Context]]:
     """The grid of a run that is ours, for as long as we say that we are alive."""
+    http_grid.pull_objects = partial(http_grid.pull_objects, max_time=PULL_TIMEOUT_S, backoff_cap=1.0)  # type: ignore[attr-defined]
     address = f"127.0.0.1:{door['port']}"
     grid = HttpGrid(address, insecure=True, token=_claim(address, bytes.fromhex(door["secret"])))
     client = grid._runtime_client

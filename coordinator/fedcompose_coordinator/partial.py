@@ -24,7 +24,7 @@ from fedcompose.wire import Part, Slice
 
 MIN_WINDOW_BYTES = 256 << 10
 FIRST_WINDOW_BYTES = 4 << 20
-SUCCESSES_TO_GROW = 8  # so that a connection that keeps breaking stays with small windows
+SUCCESSES_TO_GROW = 8  # once something was lost, so that a connection that keeps breaking stays with small windows
 WINDOWS_AHEAD = 2  # asked for at a time: while one travels the site reads the next
 
 Window = tuple[int, int]  # start and length
@@ -44,6 +44,7 @@ class Partial:
         self.received = _read_windows(folder / "windows", self.total)
         lengths = [length for _, length in self.received]
         self.window_bytes = max(lengths[-1] // 4, MIN_WINDOW_BYTES) if lengths else FIRST_WINDOW_BYTES
+        self.successes_to_grow = SUCCESSES_TO_GROW if lengths else 1
 
     @property
     def received_bytes(self) -> int:
@@ -95,11 +96,12 @@ class Partial:
         """A window that did not come will be asked for again, in smaller ones."""
         self.asked.discard(window)
         self.successes = 0
+        self.successes_to_grow = SUCCESSES_TO_GROW
         self.window_bytes = max(self.window_bytes // 4, MIN_WINDOW_BYTES)
 
     def _grow(self) -> None:
         self.successes += 1
-        if self.successes % SUCCESSES_TO_GROW == 0:
+        if self.successes % self.successes_to_grow == 0:
             self.window_bytes = min(self.window_bytes * 2, wire.WINDOW_BYTES)
 
     def finish(self, inbox: Path) -> None:

@@ -110,3 +110,25 @@ def test_says_what_is_missing_or_not_allowed(sim: FederationSim) -> None:
     with pytest.raises(ConfigError) as error:
         sim.contribute("site-b")
     assert error.value.code == "DOMAIN_NOT_ENROLLED"
+
+
+def signed_twice(sim: FederationSim) -> list[dict[str, str]]:
+    """What is in the outbox after signing, and after signing again a minute later with the numbers forgotten."""
+    site, found = sim.sites["site-a"], []
+    for _ in range(2):
+        sim.contribute("site-a")
+        found.append(folder_digests(site.outbox))
+        (site.folder / "contribute-state.json").unlink()
+        sim.now += timedelta(minutes=1)
+    return found
+
+
+def test_at_a_given_time_the_same_run_gives_the_same_bytes(sim: FederationSim, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SOURCE_DATE_EPOCH", str(int(sim.now.timestamp())))
+    once, again = signed_twice(sim)
+    assert once == again
+
+
+def test_without_a_given_time_each_signing_is_another(sim: FederationSim) -> None:
+    once, again = signed_twice(sim)
+    assert once != again

@@ -66,6 +66,13 @@ def test_of_other_packages_only_the_place_is_kept(stream: io.StringIO) -> None:
     assert "Jones" not in stream.getvalue()
 
 
+def test_whoever_looks_for_a_fault_sees_every_text(stream: io.StringIO, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Negative control of the tests above: the text was there to be kept."""
+    monkeypatch.setenv("FEDCOMPOSE_DEBUG", "1")
+    logging.getLogger("flwr").error("%s", CANARY)
+    assert lines(stream)[0]["text"] == CANARY
+
+
 def test_a_package_that_brought_its_own_handler_loses_it() -> None:
     own = io.StringIO()
     logging.getLogger("somebody").addHandler(logging.StreamHandler(own))

@@ -251,9 +251,9 @@ def scene_of(parties: Parties) -> Iterator[Scene]:
 
 @pytest.fixture(scope="module")
 def template(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Parties]:
-    """A contribution of 40 MB; made once, for every row begins with the same files."""
+    """A contribution of 20 MB; made once, for every row begins with the same files."""
     before = os.environ.get("FEDCOMPOSE_HOME")
-    yield prepare(tmp_path_factory.mktemp("template") / "all", 20)
+    yield prepare(tmp_path_factory.mktemp("template") / "all", 10)
     if before is not None:
         os.environ["FEDCOMPOSE_HOME"] = before
 
