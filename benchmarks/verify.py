@@ -39,6 +39,7 @@ from fedcompose.provenance import (
     build_release_provenance,
 )
 from fedcompose.release import ReceivedRelease, verify_release
+from fedcompose.routing import RouterConfig
 from fedcompose.signing import SIGNATURE_FILE, Signer, keyid_of, sign_files, verify_files
 
 NOW = datetime(2026, 11, 20, 9, tzinfo=UTC)
@@ -47,6 +48,7 @@ BASE = {"base": "1" * 64}
 RANK, HIDDEN = 64, 4096  # a tensor of a megabyte
 SITES = ("site-a", "site-b")
 SIZES_MB = (8, 200, 1000)
+METHOD = "hard"
 RUNS = 5
 TARGET = 1.3
 
@@ -194,7 +196,7 @@ def made_release(folder: Path, home: Path, federation: bytes, megabytes: int) ->
     (folder / "federation.json").write_bytes(federation)
     write_json(folder / "composition.json", composition(ingredients))
     claims = ReleaseProvenance(
-        **shared(folder), coordinator="hub", method="hard_top1_ste", ingredients=tuple(ingredients)
+        **shared(folder), coordinator="hub", method=METHOD, ingredients=tuple(ingredients)
     )
     write_json(folder / "provenance.json", build_release_provenance(claims))
     sign(folder, load_signer(home / "keys" / "hub.key"))
@@ -217,9 +219,9 @@ def ingredient(folder: Path, site: str) -> Ingredient:
 def composition(ingredients: list[Ingredient]) -> dict[str, Any]:
     return {
         "schema": "fedcompose/composition/v1",
-        "method": "hard_top1_ste",
+        "method": METHOD,
         "base": {"name": "base", "dirHash": BASE["base"]},
-        "router": {"type": "linear", "granularity": "token", "shared": True, "input": "mlp", "top_k": 1},
+        "router": RouterConfig().model_dump(),
         "experts": [{"site": each.site, "domain": "domain", "dirHash": each.dir_hash} for each in ingredients],
         "targets": ["up_proj"],
         "attention": None,
