@@ -9,7 +9,7 @@ Input: a folder that anybody may have written, and a federation file that is alr
 4. Every file is read once; its bytes have the signed digest, and these same bytes are parsed. (Weights are
    hashed and checked piece by piece, in 6; if their digest is wrong, that is what counts.)
 5. The provenance speaks of these files, this federation, the signer's own site and domain, a base of the
-   federation, has not expired and does not come from the future.
+   federation, has not expired and does not come from the future; the site's own limits hold.
 6. The adapter, or every trace, is acceptable.
 
 Nothing is written, no tensor library is loaded, and large weights take no more memory than small ones.
@@ -29,7 +29,7 @@ from fedcompose.errors import RefusedError
 from fedcompose.federation import Federation, Site, format_time
 from fedcompose.files import MAX_JSON_BYTES, dir_hash, sha256_hex
 from fedcompose.folder import HashedFile, Limits, check_names, list_files, open_hashed, read_file
-from fedcompose.provenance import PROVENANCE_FILE, BaseReference, Provenance, parse_provenance
+from fedcompose.provenance import PROVENANCE_FILE, BaseReference, Provenance, check_limits, parse_provenance
 from fedcompose.signing import SIGNATURE_FILE, SignedFiles, read_hint, verify_files
 from fedcompose.traces import MAX_TRACES_BYTES, PRIVATE_CLASSES, TRACES_FILE, Trace, decode
 
@@ -114,6 +114,7 @@ def verify_contribution(
     provenance = parse_provenance(files[PROVENANCE_FILE])  # 5
     check_subjects(provenance.subjects, signed.digests)
     check_claims(provenance, kind, site, federation, now)
+    check_limits(provenance.dp, provenance.audit, provenance.limits)
     if kind == "adapter":  # 6
         config = check_signed_adapter(folder, "", files[CONFIG_FILE], signed.digests, base_shapes)
         _check_summary(provenance, config)

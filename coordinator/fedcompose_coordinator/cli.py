@@ -1,5 +1,5 @@
-"""`fedcompose coordinator`: init, call, collect, receive, compose, evaluate, release, report, in that order; ledger;
-later remove and add."""
+"""`fedcompose coordinator`: init, call, collect, receive, screen, compose, evaluate, release, report, in that order;
+ledger; later remove and add."""
 
 from __future__ import annotations
 
@@ -25,6 +25,7 @@ from fedcompose.settings import fill_template, read_settings
 from fedcompose_coordinator import commands_flower, commands_ledger
 from fedcompose_coordinator.approvals import read_rule
 from fedcompose_coordinator.commands_evaluate import evaluate, report
+from fedcompose_coordinator.commands_screen import screen
 from fedcompose_coordinator.config import CONFIG_NAME, Compose, CoordinatorConfig, load_config
 from fedcompose_coordinator.decisions import deciding
 from fedcompose_coordinator.home import ATTENTION_ONLY, CANDIDATE, federation_of, members_of, open_home, received_from
@@ -187,6 +188,7 @@ def add(
 
 
 app.command()(evaluate)
+app.command()(screen)
 
 
 @app.command()

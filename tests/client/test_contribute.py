@@ -11,7 +11,8 @@ from fedcompose.call import make_call, read_own_call
 from fedcompose.errors import ConfigError, RefusedError
 from fedcompose.files import folder_digests
 from fedcompose.traces import Trace, encode
-from tests.federation_sim import FederationSim
+from fedcompose_client.firewall import write_passed
+from tests.federation_sim import FederationSim, make_traces
 
 
 def test_signs_exactly_the_files_of_the_two_formats(sim: FederationSim) -> None:
@@ -77,12 +78,31 @@ def test_traces_of_private_questions_stay_unless_declared_non_private(
     trace = Trace.model_validate(
         {"provenance_class": provenance_class, "task": "exact", "completion": "Answer: a", **question}
     )
-    (site.folder / "runs" / "clock" / "traces.jsonl").write_bytes(encode([trace]))
+    write_passed(site.folder / "runs" / "clock", [trace])
     with pytest.raises(RefusedError) as refusal:
         sim.contribute("site-a")
     assert refusal.value.code == "TRACES_CLASS"
     assert not (site.outbox / "traces").exists()
     assert sim.contribute("site-a", non_private=True)[1].traces() == [trace]
+
+
+def test_only_traces_that_the_firewall_let_through_leave(sim: FederationSim) -> None:
+    site = sim.sites["site-a"]
+    run = site.folder / "runs" / "clock"
+    (run / "traces.jsonl").write_bytes(encode(make_traces(2)))
+    with pytest.raises(RefusedError) as refusal:
+        sim.contribute("site-a")
+    assert refusal.value.code == "TRACES_UNREVIEWED"
+    (run / "review.json").write_text("{}")
+    with pytest.raises(RefusedError) as refusal:
+        sim.contribute("site-a")
+    assert refusal.value.code == "TRACES_UNREVIEWED"
+    write_passed(run, make_traces(2))
+    assert sim.contribute("site-a")[1].traces() == make_traces(2)
+
+
+def test_traces_leave_only_where_the_settings_ask_for_them(sim: FederationSim) -> None:
+    assert [each.kind for each in sim.contribute("site-a", traces=False)] == ["adapter"]
 
 
 def test_a_failed_attempt_leaves_the_last_contribution_whole(sim: FederationSim) -> None:
