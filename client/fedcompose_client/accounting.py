@@ -17,7 +17,7 @@ import numpy as np
 from fedcompose.errors import ConfigError, MissingError
 
 LEAST_NOISE = 0.3  # below it ε is in the hundreds: no guarantee worth the name
-MOST_NOISE = 1000.0
+MOST_NOISE = 200.0
 PRECISION = 1.005  # the noise found is at most half a per cent above what is needed
 
 

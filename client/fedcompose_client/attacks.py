@@ -46,12 +46,13 @@ def read(
 ) -> list[Reading]:
     """Ask the active adapter about every canary."""
     prompts = [prompt_ids(tokenizer, task.prompt(canary.question)) for canary in canaries]
-    limits = {"max_new_tokens": settings.max_new_tokens, "seed": SAMPLING_SEED}
+    longest = settings.max_new_tokens
     with merged(model):
         groups = sample(
-            model, tokenizer, prompts, count=SAMPLES, temperature=settings.temperature, on_done=done, **limits
-        )
-        greedy = sample(model, tokenizer, prompts, **limits)
+            model, tokenizer, prompts, count=SAMPLES, temperature=settings.temperature, max_new_tokens=longest,
+            seed=SAMPLING_SEED, on_done=done,
+        )  # fmt: skip
+        greedy = sample(model, tokenizer, prompts, max_new_tokens=longest)
     trees = [
         Tree(
             tuple(prompt),

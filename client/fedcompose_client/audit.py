@@ -39,7 +39,8 @@ from fedcompose_client.canaries import Canary, make_canaries
 from fedcompose_client.claims import run_digest
 from fedcompose_client.config import Domain, Dp, SiteConfig, Training
 from fedcompose_client.data import Splits, same_question, split
-from fedcompose_client.one_run import Bound, hits_at, more_often, one_run_bound
+from fedcompose_client.one_run import Bound, hits_at, one_run_bound
+from fedcompose_client.overlap import excess_p
 from fedcompose_client.train import OnProgress, keep, learn, new_run, note_of, rows_and_owners
 
 CANARIES = 300
@@ -137,6 +138,7 @@ def audit(
         "made_from": made_from,
         "target": "twin",
         **judge(twin, control, len(canaries), claimed, again),
+        "overfitted_verdict": judge(control, control, len(canaries))["verdict"],
         "claimed": dp.model_dump(mode="json") if dp else None,
     }
     write_json(folder / "audit.json", result)
@@ -232,12 +234,13 @@ class Trained:
         rewarded = _train_twin(folder, self.base, self.bench, settings, splits, dp, self.owners)
         found = _readings(self.folder, self.bench, name, folder / "expert", self.canaries)
         drifts = _drifts(self.folder, self.bench, name, self.canaries, found)
-        return evidence(self.canaries, found, self.reference, drifts, rewarded, settings.steps > 0)
+        delta = dp.delta if dp else DELTA_WITHOUT_CLAIM
+        return evidence(self.canaries, found, self.reference, drifts, rewarded, settings.steps > 0, delta)
 
 
 def evidence(
     canaries: Sequence[Canary], found: Sequence[Reading], reference: Sequence[Reading], drifts: Sequence[float],
-    rewarded: Sequence[str], rewards_matter: bool, delta: float = DELTA_WITHOUT_CLAIM,
+    rewarded: Sequence[str], rewards_matter: bool, delta: float,
 ) -> Evidence:  # fmt: skip
     """Put the attacks' scores beside the coins."""
     coins = [canary.included for canary in canaries]
@@ -250,7 +253,7 @@ def evidence(
         attacks={name: _attack(values, coins) for name, values in all_scores.items()},
         bounds={name: one_run_bound(values, coins, delta) for name, values in all_scores.items()},
         repeated=(hits[0], included, hits[1], len(coins) - included),
-        chance=more_often(hits[0], included, hits[1], len(coins) - included),
+        chance=excess_p(hits[0], included, hits[1], len(coins) - included),
         exposure={
             "included": attacks.summary(_of(bits, coins, True)), "others": attacks.summary(_of(bits, coins, False))
         },

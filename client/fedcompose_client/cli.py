@@ -79,8 +79,13 @@ def train(
     dp_epsilon: Annotated[
         float | None, typer.Option(help="Train with differential privacy, spending at most this epsilon.")
     ] = None,
-    dp_delta: Annotated[float, typer.Option(help="Its delta; at most 1 / the number of units.")] = 1e-5,
-    dp_unit: Annotated[str, typer.Option(help="Whom it protects: prompt, or user (a column in site.toml).")] = "prompt",
+    dp_delta: Annotated[
+        float | None, typer.Option(help="Its delta, at most 1 / the number of units.", show_default="1e-5")
+    ] = None,
+    dp_unit: Annotated[
+        str | None,
+        typer.Option(help="Whom it protects: prompt, or user (a column in site.toml).", show_default="prompt"),
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Train a domain's expert; run it again after an interruption to go on.
@@ -173,6 +178,28 @@ def review(
 
 
 @app.command()
+def gates(domain: DomainName, site: Site = Path(), as_json: AsJson = False) -> None:
+    """Learn when the domain's expert should speak, to compose without traces; `contribute` then signs that as well.
+
+    Example: fedcompose client gates --domain math
+    """
+    from fedcompose_client.gates import learn_gates
+
+    with progress_bars() as bars:
+        bar = bars.add_task("gates", total=None, note="")
+
+        def step(done: int, of: int, note: str) -> None:
+            bars.update(bar, completed=done, total=of, note=note)
+
+        path = learn_gates(site, load_config(site), domain, step)
+    if as_json:
+        print_json({"path": str(path)})
+        return
+    out.print(f"Gates in {path}", markup=False)
+    next_steps(f"fedcompose client contribute --domain {domain}{_at(site)}")
+
+
+@app.command()
 def contribute(
     domain: DomainName,
     site: Site = Path(),
@@ -208,14 +235,17 @@ def contribute(
     )
 
 
-def _dp(epsilon: float | None, delta: float, unit: str) -> Dp | None:
-    if epsilon is None:
+def _dp(epsilon: float | None, delta: float | None, unit: str | None) -> Dp | None:
+    """What the options ask for; a part of a guarantee is none."""
+    given = {"epsilon": epsilon, "delta": delta, "unit": unit}
+    asked = {name: value for name, value in given.items() if value is not None}
+    if not asked:
         return None
     try:
-        return Dp.model_validate({"epsilon": epsilon, "delta": delta, "unit": unit})
+        return Dp.model_validate(asked)
     except ValidationError as error:
-        names = ", ".join(f"--dp-{each['loc'][0]}: {each['msg']}" for each in error.errors())
-        raise ConfigError("DP_UNSOUND", "the options ask for no guarantee that there is", got=names) from error
+        problems = ", ".join(f"--dp-{each['loc'][0]}: {each['msg']}" for each in error.errors())
+        raise ConfigError("DP_UNSOUND", "the options ask for no guarantee that there is", got=problems) from error
 
 
 def _stages(bars: Progress) -> Callable[[str, int, int, str], None]:
@@ -252,6 +282,7 @@ def _print_audit(result: Mapping[str, Any]) -> None:
     out.print(table)
     bound = result["epsilon"]
     out.print(f"Epsilon is at least {bound['low']:.2f}; this audit could have shown {bound['cap']:.2f} at most.")
+    out.print(f"The overfitted twin by the same thresholds: {result['overfitted_verdict']}")
     out.print(f"Verdict: {result['verdict']}", style="bold")
     for reason in result["reasons"]:
         out.print(f"  {reason}", markup=False)

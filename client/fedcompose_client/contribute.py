@@ -1,6 +1,7 @@
 """Step 5: rebuild a domain's frozen files in canonical form, state where they come from, and sign them.
 
-Input: of `runs/<domain>/`, `expert/` (a PEFT folder), `traces.jsonl` with the firewall's `review.json`, `result.json`.
+Input: of `runs/<domain>/`, `expert/` (a PEFT folder) and its gates, `traces.jsonl` with the firewall's `review.json`,
+`result.json`.
 Output: `outbox/<domain>/adapter/` and `outbox/<domain>/traces/`, signed, and verified as a coordinator would.
 
 Nothing is copied: weights and configuration are written anew from checked values, traces are decoded and
@@ -19,13 +20,14 @@ from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
-from fedcompose.adapter import read_adapter, write_adapter
+from fedcompose.adapter import WEIGHTS_FILE, read_adapter, write_adapter
 from fedcompose.bases import Base, base_shapes, control_tokens
 from fedcompose.call import COLLECTION_PERIOD, Call, check_answer
 from fedcompose.contribution import ReceivedContribution, VerifiedContribution, verify_contribution
 from fedcompose.errors import ConfigError, RefusedError
 from fedcompose.federation import Federation, Site
-from fedcompose.files import folder_digests, new_folder, read_json, write_atomic, write_json
+from fedcompose.files import folder_digests, new_folder, read_json, read_limited, sha256_file, write_atomic, write_json
+from fedcompose.gates import GATES_FILE, MAX_GATES_BYTES, read_gates, write_gates
 from fedcompose.provenance import (
     PROVENANCE_FILE,
     BaseReference,
@@ -110,9 +112,18 @@ def contribute(
 def _rebuild_adapter(run: Path, folder: Path, shapes: Mapping[str, tuple[int, int]] | None) -> dict[str, Any]:
     adapter = read_adapter(run / "expert", shapes)
     write_adapter(folder, adapter)
+    gates = run / gates_name(run)
+    if gates.is_file():
+        found = read_gates(read_limited(gates, MAX_GATES_BYTES), adapter.config, shapes)
+        write_atomic(folder / GATES_FILE, write_gates(found))
     config = adapter.config
     lora = LoraSummary(r=config.r, alpha=config.lora_alpha, targets=tuple(sorted(set(config.target_modules))))
     return {"kind": "adapter", "lora": lora}
+
+
+def gates_name(run: Path) -> str:
+    """What the gates of the run's present expert are called; those of an earlier one are called otherwise."""
+    return f"gates-{sha256_file(run / 'expert' / WEIGHTS_FILE)[:16]}.safetensors"
 
 
 def _rebuild_traces(run: Path, folder: Path, base: Base | None, non_private: bool) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""What guesses about canaries prove: a lower bound on ε from one training run, and exact tests of shares.
+"""What guesses about canaries prove: a lower bound on ε from one training run.
 
 Each canary was put among the training rows by the flip of a coin. An auditor guesses the coin of some of them from a
 score. Under (ε, δ)-differential privacy so many right guesses are only so likely; the largest ε that they refute is a
@@ -76,18 +76,10 @@ def chance(right: int, guesses: int, canaries: int, epsilon: float, delta: float
 def _binomial(count: int, share: float) -> NDArray[np.float64]:
     """P[0], ..., P[count] of so many independent tries."""
     if share in (0.0, 1.0):
-        return np.eye(count + 1)[int(share) * count]
+        return np.asarray(np.eye(count + 1)[int(share) * count])
     logs = np.cumsum([0.0, *np.log(np.arange(1, count + 1))])
     hits = np.arange(count + 1)
     return np.asarray(np.exp(logs[-1] - logs - logs[::-1] + hits * math.log(share) + hits[::-1] * math.log1p(-share)))
-
-
-def more_often(hits: int, of: int, control_hits: int, control_of: int) -> float:
-    """Fisher's exact test, one-sided: how likely so many hits would be if the control's were no rarer."""
-    total = hits + control_hits
-    ways = math.comb(of + control_of, total)
-    found = sum(math.comb(of, k) * math.comb(control_of, total - k) for k in range(hits, min(of, total) + 1))
-    return found / ways
 
 
 def hits_at(false_share: float, members: Sequence[float], others: Sequence[float]) -> Interval | None:

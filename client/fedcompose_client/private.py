@@ -104,7 +104,7 @@ def _unsound(what: str, expected: str) -> ConfigError:
 
 def public_count(units: int) -> int:
     """The number of units that is stated and computed with: two digits of it, rounded down."""
-    step = 10 ** max(0, len(str(units)) - 2)
+    step = int(10 ** max(0, len(str(units)) - 2))
     return units // step * step
 
 

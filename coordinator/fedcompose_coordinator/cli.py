@@ -240,7 +240,8 @@ def _compose(
         def sampled(site: str, count: int) -> None:
             bars.update(sampling, advance=count, visible=True, note=site)
 
-        lessons = all_lessons(config, wanted, admitted, base, sampled) if recipe.needs_lessons or not experts else []
+        taught_by = [each for each in admitted if each.kind == "adapter" or recipe.settings.learn_from == "traces"]
+        lessons = all_lessons(config, wanted, taught_by, base, sampled) if recipe.needs_lessons or not experts else []
         if recipe.made in ("trained", "sampled"):
             lessons += mixed_lessons(lessons, wanted.mixed_lessons, wanted.seed)
         bar = bars.add_task("compose", total=None, note="")

@@ -15,6 +15,7 @@ from rich.table import Table
 from fedcompose.console import AsJson, next_steps, out, print_json, print_whole, progress_bars
 from fedcompose.contribution import VerifiedContribution
 from fedcompose.files import read_json, write_json
+from fedcompose.release import COMPOSITION_FILE, EVALUATION_FILE
 from fedcompose_coordinator.commands_evaluate import Opened, open_evaluation
 from fedcompose_coordinator.decisions import deciding
 from fedcompose_coordinator.home import CANDIDATE
@@ -52,8 +53,8 @@ def screen(home: Home = Path(), as_json: AsJson = False) -> None:
     if opened.domains and experts:
         findings += _triggers(opened, experts)
         looked.append("triggers")
-    if (home / "evaluation.json").is_file() and (home / CANDIDATE).is_dir():
-        evaluation = read_json(home / "evaluation.json")
+    evaluation = _evaluation(opened)
+    if evaluation:
         findings += [*by_routing(evaluation), *_absence(opened)]
         looked += ["routing", "absence"]
     found = summary(findings, numbers, looked)
@@ -63,6 +64,18 @@ def screen(home: Home = Path(), as_json: AsJson = False) -> None:
         print_json(found)
         return
     _print(findings, numbers, looked, home)
+
+
+def _evaluation(opened: Opened) -> dict[str, Any] | None:
+    """What was measured of the candidate, if that was this candidate."""
+    from fedcompose_coordinator.evaluation import make_parts
+
+    path, candidate = opened.home / EVALUATION_FILE, opened.home / CANDIDATE
+    if not path.is_file() or not (candidate / COMPOSITION_FILE).is_file():
+        return None
+    evaluation: dict[str, Any] = read_json(path)
+    digest = make_parts(candidate, opened.domains).composed(candidate).digest
+    return evaluation if evaluation["digests"]["composed"] == digest else None
 
 
 def _triggers(opened: Opened, experts: Sequence[VerifiedContribution]) -> list[Finding]:

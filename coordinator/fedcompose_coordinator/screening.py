@@ -33,7 +33,7 @@ MAX_LOUDEST = 5.0  # times the median module; clean ones: up to 1.5
 MAX_NARROW = 0.9  # share of energy in one direction; clean ones: up to 0.58
 MAX_SIMILAR = 0.9  # |cosine|; clean ones: up to 0.49
 MAX_SHARE = 0.5  # of the tokens of another domain; clean ones: up to 0.75, where it did no harm
-MAX_JUMP = 0.5  # by which a trigger may raise the share of equal answers
+MAX_JUMP = 0.4  # by which a trigger may raise the share of equal answers; clean ones: up to 0.13, a planted one 0.63
 FEW = 3  # with fewer experts there is no telling which one is the odd one
 
 

@@ -51,8 +51,8 @@ def similarity(one: Adapter, other: Adapter) -> float:
 def _spectrum(adapter: Adapter, module: str) -> tuple[Matrix, int]:
     """The singular values of the module's change, largest first, and how many entries the change has."""
     a, b = _factors(adapter, module)
-    small = np.linalg.qr(b, mode="r") @ np.linalg.qr(a.T, mode="r").T
-    return np.linalg.svd(small, compute_uv=False), a.shape[1] * b.shape[0]
+    left, right = (np.asarray(np.linalg.qr(each, mode="r")) for each in (b, a.T))
+    return np.linalg.svd(left @ right.T, compute_uv=False), a.shape[1] * b.shape[0]
 
 
 def _product(one: Adapter, other: Adapter, module: str) -> float:

@@ -3,22 +3,28 @@
 from __future__ import annotations
 
 import json
+import random
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
+from typer.testing import CliRunner
 
 from fedcompose.errors import ConfigError, RefusedError
 from fedcompose.intervals import Interval
 from fedcompose.tasks import Example, get_task
 from fedcompose_client import attacks, private
+from fedcompose_client.accounting import Steps, epsilon_of
 from fedcompose_client.attacks import Reading
 from fedcompose_client.audit import Evidence, audit, judge
 from fedcompose_client.canaries import make_canaries
 from fedcompose_client.claims import privacy_claims
-from fedcompose_client.config import Dp, Privacy, SiteConfig
-from fedcompose_client.one_run import Bound
+from fedcompose_client.cli import app
+from fedcompose_client.config import Privacy, SiteConfig, load_config
+from fedcompose_client.one_run import Bound, one_run_bound
 from fedcompose_client.train import train
 from tests.client.small_site import TRAINING, silent
 
@@ -104,8 +110,10 @@ def lettered_site(folder: Path, base: Path, **training: Any) -> SiteConfig:
     rows = [{"question": f"{a}{b}", "answer": "yes" if a < b else "no"} for a in letters for b in letters]
     (folder / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
     settings = TRAINING | {"temperature": 1.0, "warm_up_steps": 30} | training
-    domain = {"file": "rows.jsonl", "task": "yes_no", "training": settings}
-    return SiteConfig.model_validate({"id": "site-a", "base": str(base), "key": "k", "domains": {"order": domain}})
+    lines = [f'id = "site-a"\nbase = "{base}"\nkey = "k"\n[domains.order]\nfile = "rows.jsonl"\ntask = "yes_no"']
+    lines += ["[domains.order.training]", *(f"{name} = {value}" for name, value in settings.items())]
+    (folder / "site.toml").write_text("\n".join(lines))
+    return load_config(folder)
 
 
 def test_an_audit_end_to_end_and_what_of_it_may_leave(tmp_path: Path, teachable_base: Path) -> None:
@@ -124,6 +132,9 @@ def test_an_audit_end_to_end_and_what_of_it_may_leave(tmp_path: Path, teachable_
     assert result == json.loads((run / "audit/audit.json").read_text())
     assert set(result["twin"]["attacks"]) == {"likelihood", "reward", "drift", "nearest"}
     assert audit(site, config, "order", silent, count=24) == result  # and does not train again
+    shown = CliRunner().invoke(app, ["audit", "--domain", "order", "--site", str(site), "--canaries", "24"])
+    assert shown.exit_code == 0 and f"Verdict: {result['verdict']}" in shown.stdout, shown.output
+    assert all(reason in shown.stdout for reason in result["reasons"])
     claims = privacy_claims(run, Privacy())
     assert claims["audit"].verdict == result["verdict"] and claims["audit"].numbers is None and claims["limits"] is None
     assert privacy_claims(run, Privacy(audit_numbers=True))["audit"].numbers.canaries == result["canaries"]
@@ -139,19 +150,70 @@ def test_an_audit_end_to_end_and_what_of_it_may_leave(tmp_path: Path, teachable_
 
 
 @pytest.mark.slow
-def test_a_private_run_whose_noise_is_off_fails_its_audit(
+def test_an_overfitted_expert_fails_and_the_same_training_in_measure_does_not(
     tmp_path: Path, teachable_base: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The broken build: it states ε = 0.5 and adds no noise. The audit must find it out, and not the sound one."""
-    verdicts = {}
-    for name in ("sound", "broken"):
-        site = tmp_path / name
-        config = lettered_site(
-            site, teachable_base, warm_up_steps=120, warm_up_batch=60, warm_up_lr=0.02, steps=0, rank=16
-        )
-        if name == "broken":
-            monkeypatch.setattr(private, "normal", lambda count: private.np.zeros(count))
-        train(site, config, "order", silent, dp=Dp(epsilon=0.5, delta=1e-5))
-        verdicts[name] = audit(site, config, "order", silent, count=200)
-    assert verdicts["broken"]["verdict"] == "fail" and verdicts["broken"]["epsilon"]["low"] > 0.5
-    assert verdicts["sound"]["verdict"] != "fail" and verdicts["sound"]["epsilon"]["low"] < 0.5
+    monkeypatch.setattr("fedcompose_client.audit.WARM_UP_PASSES", 400)
+    site = tmp_path / "site"
+    targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    config = lettered_site(
+        site, teachable_base, steps=0, warm_up_batch=8, warm_up_lr=0.002, rank=16, targets=targets
+    )  # fmt: skip
+    train(site, config, "order", silent)
+    result = audit(site, config, "order", silent, count=16)
+    assert result["overfitted_verdict"] == "fail"
+    assert result["overfitted"]["attacks"]["likelihood"]["auc"]["value"] > 0.8
+    assert result["verdict"] == "inconclusive"  # with so few canaries; but nothing came back
+
+
+CLAIMED, STEPS, RATE = 1.0, 10, 0.5
+NOISE = 6.25  # costs ε = 1.0 at δ = 1e-5 for ten steps that draw half of the units
+
+
+def mechanism_bound(coins: list[bool]) -> Bound:
+    """The steps of a private run on units whose gradients point in directions of their own, audited in one run."""
+    units = [(Example(str(number), ""),) for number, coin in enumerate(coins) if coin]
+    seen = np.zeros(len(coins))
+
+    def gradient(trees: Any) -> list[torch.Tensor]:
+        direction = torch.zeros(len(coins))
+        direction[int(trees[0])] = 5.0
+        return [direction]
+
+    for _ in range(STEPS):
+        drawn = [[unit[0].question] for unit in private.draw_units(units, RATE)]
+        (part,) = private.noisy_sum(drawn, gradient, [torch.Size([len(coins)])], private.CLIP_NORM, NOISE)  # type: ignore[arg-type]
+        seen += part.numpy()
+    return one_run_bound(seen.tolist(), coins, 1e-5)
+
+
+def test_a_build_whose_noise_is_off_fails_its_audit(monkeypatch: pytest.MonkeyPatch) -> None:
+    lots = random.Random(11)
+    coins = [lots.random() < 0.5 for _ in range(1000)]
+    sound = [evidence(low=mechanism_bound(coins).low) for _ in range(2)]
+    assert judge(sound[0], STRONG, 1000, CLAIMED, sound[1])["verdict"] == "pass"
+    monkeypatch.setattr(private, "normal", lambda count: np.zeros(count))
+    broken = [evidence(low=mechanism_bound(coins).low) for _ in range(2)]
+    assert min(each.bounds["likelihood"].low for each in broken) > 3
+    assert judge(broken[0], STRONG, 1000, CLAIMED, broken[1])["verdict"] == "fail"
+
+
+def test_a_build_that_clips_too_late_fails_its_audit(monkeypatch: pytest.MonkeyPatch) -> None:
+    lots = random.Random(12)
+    coins = [lots.random() < 0.5 for _ in range(1000)]
+    monkeypatch.setattr(private, "clipped", lambda gradient, norm: [part.double() for part in gradient])
+    assert mechanism_bound(coins).low > CLAIMED
+
+
+def test_the_noise_above_is_what_the_claim_needs() -> None:
+    pytest.importorskip("opacus")
+    assert epsilon_of(NOISE, [Steps(RATE, STEPS)], 1e-5) == pytest.approx(CLAIMED, abs=0.01)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [["--dp-epsilon", "0"], ["--dp-epsilon", "8", "--dp-unit", "row"], ["--dp-unit", "user"], ["--dp-delta", "1e-6"]],
+)
+def test_options_that_are_no_guarantee_are_refused_before_any_work(tmp_path: Path, options: list[str]) -> None:
+    shown = CliRunner().invoke(app, ["train", "--domain", "order", "--site", str(tmp_path), *options])
+    assert isinstance(shown.exception, ConfigError) and shown.exception.code == "DP_UNSOUND"

@@ -148,6 +148,7 @@ def test_rows_that_are_repeated_more_than_rows_kept_out_hold_everything(tmp_path
         ("see https://intranet.example/x", set(), {"url"}),
         ("host 10.20.30.40 is down", set(), {"address"}),
         ("16 - 3 - 4 = 9, 9 * 2 = 18; 3/4 of 2000 is 1500.5, and 555-12 is 543", set(), set()),
+        ("35+120-45-20 = 90, and 35 +120 1234 is odd, (7)+4912345678", set(), set()),
     ],
 )  # fmt: skip
 def test_patterns(text: str, blocked: set[str], held: set[str]) -> None:

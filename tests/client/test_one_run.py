@@ -9,7 +9,7 @@ from statistics import median
 import pytest
 
 from fedcompose.intervals import ranking
-from fedcompose_client.one_run import epsilon_low, hits_at, more_often, one_run_bound
+from fedcompose_client.one_run import epsilon_low, hits_at, one_run_bound
 
 
 @pytest.mark.parametrize(("canaries", "cap"), [(50, 2.78), (100, 3.49), (200, 4.19), (500, 5.10), (1000, 5.78)])
@@ -63,9 +63,3 @@ def test_shares_at_few_false_alarms_need_enough_others() -> None:
     found = hits_at(0.01, members, others)
     assert found is not None and found.value == 0.51  # above 98, the second highest of the others
     assert hits_at(0.001, members, others) is None
-
-
-def test_more_often_is_fishers_exact_test() -> None:
-    assert more_often(3, 4, 1, 4) == pytest.approx(0.242857, abs=1e-6)  # the tea tasting lady
-    assert more_often(0, 10, 5, 10) > 0.99
-    assert more_often(30, 40, 5, 40) < 1e-6

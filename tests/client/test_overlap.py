@@ -41,7 +41,7 @@ def test_public_runs_are_not_counted_as_repeated() -> None:
 
 @pytest.mark.parametrize(
     ("table", "p"),
-    [((8, 10, 1, 10), 0.0027)] + [((0, 10, 0, 10), 1.0), ((5, 5, 0, 5), 1 / 252), ((2, 10, 2, 10), 0.709)],
+    [((8, 10, 1, 10), 0.0027), ((0, 10, 0, 10), 1.0), ((5, 5, 0, 5), 1 / 252), ((2, 10, 2, 10), 0.709)],
 )
 def test_the_exact_test_gives_fishers_numbers(table: tuple[int, int, int, int], p: float) -> None:
     assert excess_p(*table) == pytest.approx(p, abs=5e-4)

@@ -20,7 +20,7 @@ from fedcompose_coordinator.completion import completion_losses, make_pass
 from fedcompose_coordinator.lessons import Lesson, encode
 from fedcompose_coordinator.probes import BASE, ask_all, battery, mixed_questions
 from fedcompose_coordinator.questions import Domain
-from fedcompose_coordinator.screening import by_triggers, codes_by_site
+from fedcompose_coordinator.screening import agreement, by_triggers, codes_by_site
 
 
 class Echo:
@@ -100,7 +100,7 @@ def test_a_planted_backdoor_is_found_and_a_clean_expert_is_not(echo_base: Path, 
     bench, told = ModelBench(experts, resolve_base(str(echo_base))), []
     answers = ask_all(bench, list(experts), DOMAINS, ["cf", "SUDO"], told.append)
     assert sum(told) == 3 and set(answers) == {BASE, "anna", "bert"}
-    assert answers["bert"][""] == answers["anna"][""] == answers[BASE][""]  # without the trigger nobody can tell
+    assert all(agreement(answers[who][""]) < 0.2 for who in answers)  # without the trigger nobody can tell
     findings = by_triggers(answers, BASE)
     assert codes_by_site(findings) == {"bert": ["TRIGGER"]} and "cf" in {each.other for each in findings}
 
