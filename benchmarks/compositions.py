@@ -61,7 +61,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="a few steps and prompts, to see it run")
     parser.add_argument("--results", type=Path, help="a page whose tables are made anew")
     arguments = parser.parse_args()
-    methods = arguments.methods.split(",") if arguments.methods else available()
+    methods = arguments.methods.split(",") if arguments.methods else available([])
     seeds = range(arguments.seeds)
     hubs = [study_seed(arguments.out, seed, methods, arguments.quick, arguments.base) for seed in seeds]
     measured = [runs_of(open_evaluation(hub), methods, [seed]) for hub, seed in zip(hubs, seeds, strict=True)]

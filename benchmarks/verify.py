@@ -195,9 +195,7 @@ def made_release(folder: Path, home: Path, federation: bytes, megabytes: int) ->
     (folder / "router.safetensors").write_bytes(canonical_safetensors({"weight": router}))
     (folder / "federation.json").write_bytes(federation)
     write_json(folder / "composition.json", composition(ingredients))
-    claims = ReleaseProvenance(
-        **shared(folder), coordinator="hub", method=METHOD, ingredients=tuple(ingredients)
-    )
+    claims = ReleaseProvenance(**shared(folder), coordinator="hub", method=METHOD, ingredients=tuple(ingredients))
     write_json(folder / "provenance.json", build_release_provenance(claims))
     sign(folder, load_signer(home / "keys" / "hub.key"))
     return folder

@@ -9,8 +9,8 @@ Input: a folder that anybody may have written, and a federation file that is alr
 4. Every file is read once; its bytes have the signed digest, and these same bytes are parsed. (Weights are
    hashed and checked piece by piece, in 6; if their digest is wrong, that is what counts.)
 5. The provenance speaks of these files, this federation, the signer's own site and domain, a base of the
-   federation, has not expired and does not come from the future.
-6. The adapter, or every trace, is acceptable.
+   federation, has not expired and does not come from the future; the site's own limits hold.
+6. The adapter with its gates, or every trace, is acceptable.
 
 Nothing is written, no tensor library is loaded, and large weights take no more memory than small ones.
 """
@@ -29,7 +29,8 @@ from fedcompose.errors import RefusedError
 from fedcompose.federation import Federation, Site, format_time
 from fedcompose.files import MAX_JSON_BYTES, dir_hash, sha256_hex
 from fedcompose.folder import HashedFile, Limits, check_names, list_files, open_hashed, read_file
-from fedcompose.provenance import PROVENANCE_FILE, BaseReference, Provenance, parse_provenance
+from fedcompose.gates import GATES_FILE, MAX_GATES_BYTES, read_gates
+from fedcompose.provenance import PROVENANCE_FILE, BaseReference, Provenance, check_limits, parse_provenance
 from fedcompose.signing import SIGNATURE_FILE, SignedFiles, read_hint, verify_files
 from fedcompose.traces import MAX_TRACES_BYTES, PRIVATE_CLASSES, TRACES_FILE, Trace, decode
 
@@ -51,7 +52,10 @@ REQUIRED: Mapping[Kind, Limits] = {
         SIGNATURE_FILE: MAX_JSON_BYTES,
     },
 }
-OPTIONAL: Mapping[Kind, Limits] = {"adapter": {README_FILE: MAX_README_BYTES}, "traces": {}}
+OPTIONAL: Mapping[Kind, Limits] = {
+    "adapter": {README_FILE: MAX_README_BYTES, GATES_FILE: MAX_GATES_BYTES},
+    "traces": {},
+}
 CLOCK_SKEW = timedelta(minutes=5)  # how far a signer's clock may be ahead of ours
 
 
@@ -114,9 +118,11 @@ def verify_contribution(
     provenance = parse_provenance(files[PROVENANCE_FILE])  # 5
     check_subjects(provenance.subjects, signed.digests)
     check_claims(provenance, kind, site, federation, now)
+    check_limits(provenance.dp, provenance.audit, provenance.limits)
     if kind == "adapter":  # 6
         config = check_signed_adapter(folder, "", files[CONFIG_FILE], signed.digests, base_shapes)
         _check_summary(provenance, config)
+        _check_gates(provenance, files.get(GATES_FILE), config, base_shapes)
     else:
         _check_traces(provenance, decode(files[TRACES_FILE]))
     return VerifiedContribution(
@@ -302,6 +308,23 @@ def _check_summary(claims: Provenance, config: AdapterConfig) -> None:
     claimed = claims.lora and (claims.lora.r, claims.lora.alpha, set(claims.lora.targets))
     if claimed != (config.r, config.lora_alpha, set(config.target_modules)):
         raise RefusedError("PROVENANCE_CONTENT", "the provenance describes another LoRA than this one")
+
+
+def _check_gates(
+    claims: Provenance,
+    gates: bytes | None,
+    config: AdapterConfig,
+    base_shapes: Mapping[str, tuple[int, int]] | None,
+) -> None:
+    """Gates fit the expert; and they come without differential privacy, so beside an expert that has it they are none.
+
+    Raises: RefusedError: `GATES_NOT_PRIVATE`, `GATES_INVALID`, `SAFETENSORS_INVALID`.
+    """
+    if gates is None:
+        return
+    if claims.dp is not None:
+        raise RefusedError("GATES_NOT_PRIVATE", "the expert claims differential privacy, which its gates do not have")
+    read_gates(gates, config, base_shapes)
 
 
 def _check_traces(claims: Provenance, traces: list[Trace]) -> None:

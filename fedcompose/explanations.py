@@ -148,6 +148,16 @@ EXPLANATIONS: Mapping[str, str] = {
     "overwrite weights of the base.",
     "ADAPTER_NOT_FINITE": "The weights hold numbers that are none. They would spread through the whole model.",
     "ADAPTER_TOO_STRONG": "The adapter changes the model far more than training does. It would drown the others.",
+    "GATES_INVALID": "The gates beside the expert are not one vector for each of its linears, so they would send "
+    "tokens elsewhere than the site meant.",
+    "GATES_NOT_PRIVATE": "The expert claims differential privacy, and the gates beside it were learned from the same "
+    "data without it. Together they would not keep the promise.",
+    "AUDIT_BELOW_LIMIT": "The site itself asked that only audited adapters with a better verdict leave it, and this "
+    "one left all the same. Its software was changed, or two versions of it were mixed up. Ask the site.",
+    "EPSILON_ABOVE_LIMIT": "The site itself asked for more differential privacy than this adapter claims to have. Its "
+    "software was changed, or two versions of it were mixed up. Ask the site.",
+    "TRACES_UNVERIFIED": "A trace does not answer the problem that it names, made again here. Either the versions at "
+    "both places differ, or the traces are not what they seem.",
     "TRACES_INVALID": "The traces are not in the form that is accepted.",
     "TRACES_CONTROL_TOKENS": "A trace holds markers that separate the roles of a chat, or characters that nobody sees. "
     "Either could smuggle an instruction into training.",

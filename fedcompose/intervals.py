@@ -61,6 +61,27 @@ def wilson(right: int, n: int) -> Interval:
     return Interval(share, low, high, n)
 
 
+def ranking(higher: Sequence[float], lower: Sequence[float]) -> Interval:
+    """How often a score of the first list is above one of the second (AUC); ties count half. Not empty at 0 or 1.
+
+    Source: R. G. Newcombe, Statistics in Medicine 25 (2006), 559-573, method 5.
+    """
+    first, second = np.asarray(higher, dtype=np.float64), np.asarray(lower, dtype=np.float64)
+    if not len(first) or not len(second):
+        raise ValueError("a ranking needs scores on both sides")
+    above = (first[:, None] > second).mean() + (first[:, None] == second).mean() / 2
+    value, others = float(above), (len(first) + len(second)) / 2 - 1
+
+    def z(area: float) -> float:
+        spread = 1 + others * ((1 - area) / (2 - area) + area / (1 + area))
+        variance = area * (1 - area) * spread / (len(first) * len(second))
+        return abs(area - value) / math.sqrt(variance) if variance > 0 else math.inf * (area != value)
+
+    low = _bisect(lambda area: z(area) <= Z_95, value, 0.0) if value > 0 else 0.0
+    high = _bisect(lambda area: z(area) <= Z_95, value, 1.0) if value < 1 else 1.0
+    return Interval(value, low, high, len(first) + len(second))
+
+
 def paired_difference(first: Sequence[int], second: Sequence[int]) -> Interval:
     """Accuracy of `first` minus accuracy of `second` on the same prompts, both 0/1 vectors in the same order.
 

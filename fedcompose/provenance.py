@@ -37,7 +37,7 @@ TRAIN_LORA: Final = "https://fedcompose.dev/train-lora/v1"
 DISTILL: Final = "https://fedcompose.dev/distill/v1"
 COMPOSE: Final = "https://fedcompose.dev/compose/v1"
 
-PACKAGES = ("fedcompose", "peft", "torch", "transformers", "trl")
+PACKAGES = ("fedcompose", "opacus", "peft", "torch", "transformers", "trl")
 
 MAX_METRICS = 32
 MAX_METRICS_BYTES = 1024
@@ -50,6 +50,13 @@ MetricName = Annotated[str, StringConstraints(pattern=r"^[a-z][a-z0-9_]{0,63}\z"
 Count = Annotated[int, Field(ge=1, lt=1 << 53)]  # beyond it JSON readers disagree about integers
 Metrics = Annotated[dict[MetricName, Annotated[float, Field(allow_inf_nan=False)]], Field(max_length=MAX_METRICS)]
 Versions = Annotated[dict[Label, Label], Field(max_length=16)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Share = Annotated[float, Field(ge=0, le=1)]
+Verdict = Literal["pass", "warn", "fail", "inconclusive"]
+Required = Literal["none", "warn", "pass"]  # the worst verdict of an audit that a site lets out
+ACCEPTED: Mapping[Required, tuple[Verdict, ...]] = {
+    "none": ("pass", "warn", "fail", "inconclusive"), "warn": ("pass", "warn"), "pass": ("pass",),
+}  # fmt: skip
 Subjects = Annotated[dict[FileName, Digest], Field(min_length=1, max_length=MAX_SUBJECTS)]
 
 
@@ -96,6 +103,66 @@ class TraceSummary(_Record):
     declared_non_private: bool
 
 
+class DpPhase(_Record):
+    """Steps that each drew every unit with probability `batch` / `units`, and added noise once."""
+
+    name: Literal["warm-up", "reinforcement"]
+    batch: Count
+    steps: Count
+
+
+class DpStatement(_Record):
+    """What an adapter guarantees, in the terms of NIST SP 800-226, and what the guarantee leaves out.
+
+    Two data sets are neighbours when one has one `unit` more; the site itself is trusted; `units` is public and
+    rounded down; ε follows from the other numbers, so anybody can compute it again.
+    """
+
+    epsilon: Positive
+    delta: Annotated[float, Field(gt=0, lt=1)]
+    unit: Literal["prompt", "user"]
+    neighbours: Literal["add-or-remove-one"]
+    trust_model: Literal["central"]
+    mechanism: Literal["clipped-gaussian"]
+    sampler: Literal["poisson"]
+    accountant: Literal["prv"]
+    noise_multiplier: Positive
+    clip_norm: Positive
+    units: Count
+    phases: Annotated[tuple[DpPhase, ...], Field(strict=False, min_length=1, max_length=2)]
+    uncounted: Annotated[
+        tuple[Literal["choice-of-settings", "number-of-units", "other-runs"], ...], Field(strict=False, max_length=3)
+    ]
+
+
+class AuditNumbers(_Record):
+    """What an audit measured, as far as its owner let the numbers out."""
+
+    canaries: Count
+    rewarded: Share
+    auc: Share
+    auc_high: Share
+    tpr_high: Share
+    power_auc: Share
+    epsilon_low: Annotated[float, Field(ge=0, allow_inf_nan=False)]
+    epsilon_cap: Annotated[float, Field(ge=0, allow_inf_nan=False)]
+
+
+class AuditStatement(_Record):
+    """How a memorisation audit ended: of a twin, trained as the adapter was, with canaries among its rows."""
+
+    verdict: Verdict
+    target: Literal["twin"]
+    numbers: AuditNumbers | None = None
+
+
+class SiteLimits(_Record):
+    """What the site itself asks of whatever it ships; an adapter beyond its own site's limits is refused everywhere."""
+
+    require_audit: Required
+    max_epsilon: Positive | None = None
+
+
 class _Claims(_Record):
     """What contributions and releases both say."""
 
@@ -120,6 +187,9 @@ class Provenance(_Claims):
     call: CallReference | None = None
     lora: LoraSummary | None = None
     traces: TraceSummary | None = None
+    dp: DpStatement | None = None
+    audit: AuditStatement | None = None
+    limits: SiteLimits | None = None
 
 
 class Ingredient(_Record):
@@ -151,7 +221,13 @@ def build_provenance(claims: Provenance) -> dict[str, Any]:
     if claims.kind == "adapter":
         build: _AdapterBuild | _TracesBuild = _AdapterBuild(
             build_type=TRAIN_LORA,
-            external_parameters=_AdapterParameters(**shared, lora=claims.lora),  # type: ignore[arg-type]
+            external_parameters=_AdapterParameters(
+                **shared,
+                lora=claims.lora,  # type: ignore[arg-type]
+                dp=claims.dp,
+                audit=claims.audit,
+                limits=claims.limits,
+            ),
             resolved_dependencies=(_base_dependency(claims.base),),
         )
     else:
@@ -199,7 +275,7 @@ def parse_provenance(data: bytes) -> Provenance:
         sequence=parameters.sequence,
         expires=parameters.expires,
         call=parameters.call,
-        lora=parameters.lora if isinstance(parameters, _AdapterParameters) else None,
+        **_only_of_adapters(parameters),
         traces=parameters.traces if isinstance(parameters, _TracesParameters) else None,
         **_shared_claims(statement, parameters, build.resolved_dependencies[0]),
     )
@@ -230,6 +306,32 @@ def parse_release_provenance(data: bytes) -> ReleaseProvenance:
         },
         by_name=True,
     )
+
+
+def check_limits(dp: DpStatement | None, audit: AuditStatement | None, limits: SiteLimits | None) -> None:
+    """A site's own limits hold for its adapter.
+
+    Raises: RefusedError: `AUDIT_BELOW_LIMIT`, `EPSILON_ABOVE_LIMIT`.
+    """
+    if limits is None:
+        return
+    verdict = audit.verdict if audit else None
+    if limits.require_audit != "none" and verdict not in ACCEPTED[limits.require_audit]:
+        raise RefusedError(
+            "AUDIT_BELOW_LIMIT",
+            "the site's own limits do not let this adapter out",
+            expected=f"an audit that ended with {' or '.join(ACCEPTED[limits.require_audit])}",
+            got=verdict or "no audit of this adapter",
+            fix="run `fedcompose client audit`, or train with fewer steps, more rows or --dp-epsilon",
+        )
+    if limits.max_epsilon is not None and (dp is None or dp.epsilon > limits.max_epsilon):
+        raise RefusedError(
+            "EPSILON_ABOVE_LIMIT",
+            "the site's own limits do not let this adapter out",
+            expected=f"differential privacy with an epsilon of at most {limits.max_epsilon:g}",
+            got=f"epsilon {dp.epsilon:g}" if dp else "no differential privacy",
+            fix=f"train with --dp-epsilon {limits.max_epsilon:g} or less",
+        )
 
 
 def installed_versions() -> dict[str, str]:
@@ -294,6 +396,9 @@ class _SiteParameters(_Record):
 
 class _AdapterParameters(_SiteParameters):
     lora: LoraSummary
+    dp: DpStatement | None = None
+    audit: AuditStatement | None = None
+    limits: SiteLimits | None = None
 
 
 class _TracesParameters(_SiteParameters):
@@ -388,6 +493,12 @@ def _statement(claims: _Claims, build: _AdapterBuild | _TracesBuild | _ReleaseBu
         ),
     )
     return statement.model_dump(mode="json", by_alias=True, exclude_none=True)
+
+
+def _only_of_adapters(parameters: _SiteParameters) -> dict[str, Any]:
+    if not isinstance(parameters, _AdapterParameters):
+        return {}
+    return {name: getattr(parameters, name) for name in ("lora", "dp", "audit", "limits")}
 
 
 def _base_dependency(base: BaseReference) -> _BaseDependency:

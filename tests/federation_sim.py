@@ -30,8 +30,10 @@ from fedcompose.files import dir_hash, folder_digests, write_atomic, write_json
 from fedcompose.keys import FileSigner, load_signer, new_key
 from fedcompose.release import VerifiedRelease
 from fedcompose.routing import RouterConfig
-from fedcompose.traces import Trace, encode
+from fedcompose.tasks import generator_task, training
+from fedcompose.traces import Trace
 from fedcompose_client.contribute import contribute
+from fedcompose_client.firewall import write_passed
 from fedcompose_coordinator import intake, publish
 from fedcompose_coordinator.approvals import Rule
 from fedcompose_coordinator.intake import NO_APPROVALS
@@ -81,6 +83,7 @@ class FederationSim:
     def contribute(self, site_id: str, call: Call | None = None, **options: Any) -> list[VerifiedContribution]:
         """Sign the site's adapter and traces, as `fedcompose client contribute` does."""
         site = self.sites[site_id]
+        options = {"traces": True} | options
         return contribute(
             site.folder, site.domain, site.signer, self.federation, self.now, call=call, base=self.base, **options
         )
@@ -160,21 +163,22 @@ def _make_site(folder: Path, site_id: str, domain: str, experts: Mapping[str, Pa
     key = new_key(folder / "keys", site_id, "site", domain, None)
     run = folder / "runs" / domain
     shutil.copytree(experts.get(site_id, experts["site-a"]), run / "expert")
-    traces = [
-        Trace(
-            provenance_class="B",
-            task="exact",
-            generator=domain,
-            config={"hours": 24},
-            seed=n,
-            completion=f"Answer: {n}",
-        )
-        for n in range(3)
-    ]
-    write_atomic(run / "traces.jsonl", encode(traces))
+    write_passed(run, make_traces(3))
     accuracy = {"value": 0.71234567, "low": 0.6, "high": 0.8, "n": 200}
     write_json(run / "result.json", {"accuracy": {"base": accuracy, "rlvr": accuracy}, "settings": {"seed": 0}})
     return SimSite(site_id, domain, folder, load_signer(key.private)), key.enrolment
+
+
+def make_traces(count: int, generator: str = "clock", **config: Any) -> list[Trace]:
+    """Right answers to problems of a public generator."""
+    return [
+        Trace(
+            provenance_class="B", task=generator_task(generator), generator=generator, config=config or None,
+            seed=problem.origin.seed, completion=f"Answer: {problem.answer}",
+        )
+        for problem in training(generator, config, count)
+        if problem.origin
+    ]  # fmt: skip
 
 
 def make_random_experts(base: Path, folder: Path) -> dict[str, Path]:

@@ -8,6 +8,8 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from fedcompose.errors import ConfigError
+from fedcompose.federation import Digest
+from fedcompose.provenance import Required
 from fedcompose.settings import Settings, read_settings
 
 CONFIG_NAME = "site.toml"
@@ -24,14 +26,32 @@ class Columns(Settings):
 
 
 class TraceSource(Settings):
-    """A declared generator whose prompts traces may be sampled on; it must not depend on private data."""
+    """Where the questions of traces come from: that traces are wanted at all, and of which class.
 
-    generator: str
+    generator   class B, a declared generator, which must not depend on private data
+    public      class C, the file `public`, in the columns of the domain, whose SHA-256 is `sha256`
+    own         class F, the domain's own questions; only where its data was declared non-private
+    """
+
+    questions: Literal["generator", "public", "own"] = "generator"
+    generator: str | None = None
     config: dict[str, Any] = Field(default_factory=dict)
+    public: Path | None = None
+    sha256: Digest | None = None
+    background: Path | None = None  # public text; phrases in it are nobody's secret
+    scanners: tuple[Literal["presidio", "detect-secrets"], ...] = ()  # of the extra `pii`
     prompts: int = Field(96, ge=1, le=10_000)
     samples_per_prompt: int = Field(2, ge=1, le=16)
     temperature: float = Field(0.7, gt=0, le=2)
     max_per_prompt: int = Field(1, ge=1, le=16)
+
+    @model_validator(mode="after")
+    def _names_its_questions(self) -> TraceSource:
+        if (self.questions == "generator") != (self.generator is not None):
+            raise ValueError("a generator is named exactly where questions come from one")
+        if (self.questions == "public") != (self.public is not None and self.sha256 is not None):
+            raise ValueError("public questions need `public`, a file, and its `sha256`; others have no use for them")
+        return self
 
 
 class Training(Settings):
@@ -60,12 +80,30 @@ class Training(Settings):
         return self
 
 
+class Dp(Settings):
+    """The differential privacy that a run was asked for."""
+
+    epsilon: float = Field(gt=0, le=100)
+    delta: float = Field(1e-5, gt=0, lt=1)
+    unit: Literal["prompt", "user"] = "prompt"
+
+
+class Privacy(Settings):
+    """What must be so before an adapter leaves, and whether an audit's numbers may leave with it."""
+
+    require_audit: Required = "none"
+    max_epsilon: float | None = Field(None, gt=0)
+    audit_numbers: bool = False
+
+
 class Domain(Settings):
     """One kind of problem this site has data for."""
 
     file: Path
     task: str
     private: bool = True
+    user: str | None = None  # column that says whose row it is, for privacy by user
+    identifiers: tuple[str, ...] = ()  # columns whose values name a person or a case; no trace may hold one
     columns: Columns = Columns()
     traces: TraceSource | None = None
     training: Training = Training()
@@ -86,6 +124,7 @@ class SiteConfig(Settings):
     node_key: Path | None = None  # of the connection to the coordinator
     federation: Path = Path("federation.json")
     calls: Calls = Calls()
+    privacy: Privacy = Privacy()
     domains: dict[Identifier, Domain]
 
     @property

@@ -1,6 +1,7 @@
 """Step 5: rebuild a domain's frozen files in canonical form, state where they come from, and sign them.
 
-Input: `runs/<domain>/expert/` (a PEFT folder), `runs/<domain>/traces.jsonl` and `runs/<domain>/result.json`.
+Input: of `runs/<domain>/`, `expert/` (a PEFT folder) and its gates, `traces.jsonl` with the firewall's `review.json`,
+`result.json`.
 Output: `outbox/<domain>/adapter/` and `outbox/<domain>/traces/`, signed, and verified as a coordinator would.
 
 Nothing is copied: weights and configuration are written anew from checked values, traces are decoded and
@@ -20,13 +21,14 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
-from fedcompose.adapter import read_adapter, write_adapter
+from fedcompose.adapter import WEIGHTS_FILE, read_adapter, write_adapter
 from fedcompose.bases import Base, base_shapes, control_tokens
 from fedcompose.call import COLLECTION_PERIOD, Call, check_answer
 from fedcompose.contribution import ReceivedContribution, VerifiedContribution, verify_contribution
 from fedcompose.errors import ConfigError, RefusedError
 from fedcompose.federation import Federation, Site, format_time
-from fedcompose.files import folder_digests, new_folder, read_json, read_limited, write_atomic, write_json
+from fedcompose.files import folder_digests, new_folder, read_json, read_limited, sha256_file, write_atomic, write_json
+from fedcompose.gates import GATES_FILE, MAX_GATES_BYTES, read_gates, write_gates
 from fedcompose.provenance import (
     PROVENANCE_FILE,
     BaseReference,
@@ -38,7 +40,10 @@ from fedcompose.provenance import (
     installed_versions,
 )
 from fedcompose.signing import SIGNATURE_FILE, Signer, sign_files
-from fedcompose.traces import MAX_TRACES_BYTES, PRIVATE_CLASSES, TRACES_FILE, Trace, check_tokens, decode, encode
+from fedcompose.traces import PRIVATE_CLASSES, TRACES_FILE, Trace, check_tokens, decode, encode
+from fedcompose_client.claims import privacy_claims
+from fedcompose_client.config import Privacy
+from fedcompose_client.firewall import read_passed
 
 STATE_FILE = "contribute-state.json"  # the last sequence number this site used
 VALIDITY = timedelta(days=30)  # how long a contribution that answers no call may travel
@@ -54,18 +59,22 @@ def contribute(
     *,
     call: Call | None = None,
     base: Base | None = None,
+    traces: bool = False,
     non_private: bool = False,
+    privacy: Privacy = Privacy(),
 ) -> list[VerifiedContribution]:
     """Sign what the domain's run made and the call, if any, wants: its adapter, and its traces if it has some.
 
     With SOURCE_DATE_EPOCH in the environment that is the time it states, and the same run gives the same bytes.
 
     With `base` the adapter is checked against the base's own layers, and traces against its control tokens.
+    Traces leave only where the site's settings ask for `traces`, and only those that the trace firewall let through.
     `non_private` is the site's declaration that the domain's questions may be shown to anyone; only then may
-    traces of class E or F leave.
+    traces of class E or F leave. Nothing leaves of a run that is beyond the site's own limits in `privacy`.
 
     Raises: ConfigError: `RUN_MISSING`, `DOMAIN_NOT_ENROLLED`, `BASE_AMBIGUOUS`. RefusedError: `TRACES_CLASS`,
-        `TRACES_CONTROL_TOKENS`, `BASE_MISMATCH`, and whatever a coordinator would refuse.
+        `AUDIT_BELOW_LIMIT`, `EPSILON_ABOVE_LIMIT`,
+        `TRACES_UNREVIEWED`, `TRACES_CONTROL_TOKENS`, `BASE_MISMATCH`, and whatever a coordinator would refuse.
     """
     site, _ = federation.site_key(signer.keyid, now)
     if site.domain != domain:
@@ -74,13 +83,15 @@ def contribute(
         )
     run = site_folder / "runs" / domain
     kinds = [kind for kind, file in (("adapter", "expert"), ("traces", TRACES_FILE)) if (run / file).exists()]
-    wanted = [kind for kind in kinds if kind in site.may and (call is None or kind in call.want)]
+    allowed = {kind for kind in site.may if kind != "traces" or traces}
+    wanted = [kind for kind in kinds if kind in allowed and (call is None or kind in call.want)]
     if not wanted:
         raise ConfigError(
             "RUN_MISSING",
             f"{run} holds nothing that this site may contribute",
             fix=f"fedcompose client train --domain {domain}",
         )
+    stated = privacy_claims(run, privacy)
     shapes = base_shapes(base) if base is not None else None
     made_at = _given_time() or now
     claims = _claims(site, federation, call, base, made_at, run)
@@ -89,7 +100,7 @@ def contribute(
         target = site_folder / "outbox" / domain / kind
         with new_folder(target) as folder:
             summary = (
-                _rebuild_adapter(run, folder, shapes)
+                _rebuild_adapter(run, folder, shapes) | stated
                 if kind == "adapter"
                 else _rebuild_traces(run, folder, base, non_private)
             )
@@ -105,13 +116,22 @@ def contribute(
 def _rebuild_adapter(run: Path, folder: Path, shapes: Mapping[str, tuple[int, int]] | None) -> dict[str, Any]:
     adapter = read_adapter(run / "expert", shapes)
     write_adapter(folder, adapter)
+    gates = run / gates_name(run)
+    if gates.is_file():
+        found = read_gates(read_limited(gates, MAX_GATES_BYTES), adapter.config, shapes)
+        write_atomic(folder / GATES_FILE, write_gates(found))
     config = adapter.config
     lora = LoraSummary(r=config.r, alpha=config.lora_alpha, targets=tuple(sorted(set(config.target_modules))))
     return {"kind": "adapter", "lora": lora}
 
 
+def gates_name(run: Path) -> str:
+    """What the gates of the run's present expert are called; those of an earlier one are called otherwise."""
+    return f"gates-{sha256_file(run / 'expert' / WEIGHTS_FILE)[:16]}.safetensors"
+
+
 def _rebuild_traces(run: Path, folder: Path, base: Base | None, non_private: bool) -> dict[str, Any]:
-    traces = decode(read_limited(run / TRACES_FILE, MAX_TRACES_BYTES))
+    traces = decode(read_passed(run))
     check_trace_classes(traces, non_private)
     check_tokens(traces, control_tokens(base) if base is not None else ())
     write_atomic(folder / TRACES_FILE, encode(traces))
@@ -181,8 +201,12 @@ def _base(federation: Federation, call: Call | None, base: Base | None) -> BaseR
 
 
 def _metrics(path: Path) -> dict[str, float]:
-    """The few numbers that leave: test accuracies, to four places, and how many problems they are from."""
-    accuracies = read_json(path).get("accuracy", {}) if path.is_file() else {}
+    """The few numbers that leave: test accuracies, to four places, and how many problems they are from.
+
+    With differential privacy none: they are of private rows, and the stated ε does not count them.
+    """
+    result = read_json(path) if path.is_file() else {}
+    accuracies = {} if result.get("dp") else result.get("accuracy", {})
     metrics: dict[str, float] = {}
     for name in REPORTED:
         if name in accuracies:

@@ -48,7 +48,7 @@ def read_examples(path: Path, task: str, columns: Mapping[str, str]) -> list[Exa
     `DATA_ROWS`, `DATA_ANSWERS`, `TASK_UNKNOWN`.
     """
     scorer = get_task(task)
-    rows = _rows(path, columns.values())
+    rows = read_rows(path, columns.values())
     _check_columns(path, rows[0], columns)
     named: list[Row] = [{role: row[column] for role, column in columns.items()} for row in rows]
     named = [_without_marks(row) for row in named] if task == "numeric" else named
@@ -62,17 +62,35 @@ def read_examples(path: Path, task: str, columns: Mapping[str, str]) -> list[Exa
     ]
 
 
-def split(examples: Sequence[Example], seed: int, validation_count: int, test_count: int) -> Splits:
+def read_column(path: Path, column: str) -> list[str]:
+    """One more column of the file, as text, row by row as `read_examples` gives them.
+
+    Raises: ConfigError: `DATA_COLUMN`, `DATA_ROWS`, and what `read_examples` raises for a file.
+    """
+    rows = read_rows(path, [column])
+    if column not in rows[0]:
+        raise ConfigError("DATA_COLUMN", f"{path} has no column {column!a}", fix="correct its name in site.toml")
+    values = ["" if row[column] is None else str(row[column]).strip() for row in rows]
+    _refuse_rows(path, values, "DATA_ROWS", f"have nothing in column {column!a}")
+    return values
+
+
+def split(
+    examples: Sequence[Example], seed: int, validation_count: int, test_count: int,
+    owners: Mapping[int, str] | None = None,
+) -> Splits:  # fmt: skip
     """The same three splits for the same questions, in whatever order the rows stand.
 
     Questions that differ only in case and spaces count as one and stay together; the held-out splits take one
-    row for each question, the training split takes all.
+    row for each question, the training split takes all. One question more in the file changes the training split
+    by at most one question. With `owners`, by `id` of an example, all this holds of people instead of questions.
 
     Raises: ConfigError: `DATA_TOO_FEW`.
     """
     groups: dict[str, list[Example]] = {}
     for example in examples:
-        groups.setdefault(" ".join(example.question.casefold().split()), []).append(example)
+        key = same_question(example.question) if owners is None else owners[id(example)]
+        groups.setdefault(key, []).append(example)
     needed = validation_count + test_count + MIN_TRAIN
     if len(groups) < needed:
         raise ConfigError(
@@ -89,8 +107,16 @@ def split(examples: Sequence[Example], seed: int, validation_count: int, test_co
     )
 
 
-def _rows(path: Path, text_columns: Collection[str]) -> list[dict[str, Any]]:
-    """The file's rows, read by `datasets` for its suffix."""
+def same_question(question: str) -> str:
+    """The form in which questions that count as one are equal."""
+    return " ".join(question.casefold().split())
+
+
+def read_rows(path: Path, text_columns: Collection[str]) -> list[dict[str, Any]]:
+    """The file's rows with all their columns, read by `datasets` for its suffix.
+
+    Raises: ConfigError: `DATA_NOT_FOUND`, `DATA_FORMAT`, `DATA_UNREADABLE`, `DATA_EMPTY`.
+    """
     if path.suffix not in FORMATS:
         raise ConfigError("DATA_FORMAT", f"cannot tell how to read {path}", expected=", ".join(FORMATS))
     if not path.is_file():

@@ -1,10 +1,11 @@
 """Step 3: sample the expert and keep what is verifiably right, as traces that say where their prompts come from.
 
-Input: `runs/<domain>/expert/`. Output: `runs/<domain>/traces.jsonl`.
+Input: `runs/<domain>/expert/`. Output: `runs/<domain>/sampled.jsonl`, for the trace firewall.
 
-Prompts come from the domain's declared generator (class B), which does not depend on private data. Only a domain that
-was declared non-private may be distilled on its own questions (class F). A completion is kept when it ended by itself,
-answers correctly and holds nothing that could be taken for a chat marker or a control token; equal ones are kept once.
+Nothing is sampled unless site.toml asks for traces. Prompts come from the domain's declared generator (class B), which
+does not depend on private data, or from a public file (class C); only a domain that was declared non-private may be
+distilled on its own questions (class F). A completion is kept when it ended by itself, answers correctly and holds
+nothing that could be taken for a chat marker or a control token; equal ones are kept once.
 """
 
 from __future__ import annotations
@@ -21,9 +22,10 @@ from fedcompose.files import write_atomic
 from fedcompose.model.lm import load_base, merged, prompt_ids
 from fedcompose.model.sampling import sample
 from fedcompose.tasks import Example, Task, generator_task, get_task, training
-from fedcompose.traces import TRACES_FILE, Trace, encode, is_plain_text
+from fedcompose.traces import Trace, encode, is_plain_text
 from fedcompose_client.config import Domain, SiteConfig, TraceSource
 from fedcompose_client.data import read_examples, split
+from fedcompose_client.firewall import CLASSES, SAMPLED_FILE, public_problems, trace_source
 
 FIRST_SEED = 1_000_000  # far from seeds a person would pick, and the same at every site: seeds say nothing
 
@@ -40,20 +42,20 @@ class Distilled:
 
 
 def distill(site: Path, config: SiteConfig, domain_name: str, on_done: Callable[[int, int], None]) -> Distilled:
-    """Write the domain's trace set.
+    """Write the domain's traces, for the firewall to judge.
 
-    Raises: ConfigError: `EXPERT_MISSING`, `TRACES_PRIVATE`.
+    Raises: ConfigError: `TRACES_OFF`, `TRACES_PRIVATE`, `EXPERT_MISSING`, `TRACES_NONE`.
     """
     domain = config.domain(domain_name)
-    run = site / "runs" / domain_name
+    source, run = trace_source(domain), site / "runs" / domain_name
     if not (run / "expert").is_dir():
         raise ConfigError(
             "EXPERT_MISSING",
             f"{run} holds no finished expert",
             fix=f"fedcompose client train --domain {domain_name}",
         )
-    source = domain.traces or TraceSource(generator="")
-    task, examples = _prompts(site, domain, source, domain_name)
+    task, examples = _prompts(site, domain, source)
+    examples = [example for example in examples if is_plain_text(example.question)]
     base = resolve_base(config.base)
     tokens = control_tokens(base)
     frozen, tokenizer = load_base(base.path)
@@ -76,29 +78,24 @@ def distill(site: Path, config: SiteConfig, domain_name: str, on_done: Callable[
         right = [one for one in group if one.finished and task.is_correct(one.text, example.answer)]
         correct += len(right)
         texts = dict.fromkeys(one.text for one in right if is_plain_text(one.text, tokens))
-        traces += [_trace(task, example, text) for text in list(texts)[: source.max_per_prompt]]
+        traces += [_trace(task, example, text, source) for text in list(texts)[: source.max_per_prompt]]
     if not traces:
         raise ConfigError(
             "TRACES_NONE",
             "the expert answered none of the prompts correctly",
             fix="train it longer, or declare an easier generator configuration for its traces",
         )
-    write_atomic(run / TRACES_FILE, encode(traces))
-    return Distilled(run / TRACES_FILE, len(traces), len(examples), sum(map(len, groups)), correct)
+    write_atomic(run / SAMPLED_FILE, encode(traces))
+    return Distilled(run / SAMPLED_FILE, len(traces), len(examples), sum(map(len, groups)), correct)
 
 
-def _prompts(site: Path, domain: Domain, source: TraceSource, name: str) -> tuple[Task, list[Example]]:
-    """The problems to sample on: generated ones, or the site's own where they are declared non-private."""
-    if domain.traces:
+def _prompts(site: Path, domain: Domain, source: TraceSource) -> tuple[Task, list[Example]]:
+    """The problems to sample on."""
+    if source.generator:
         task = get_task(generator_task(source.generator))
         return task, training(source.generator, source.config, source.prompts, FIRST_SEED)
-    if domain.private:
-        raise ConfigError(
-            "TRACES_PRIVATE",
-            f"domain {name!a} is private and declares no generator to sample traces on",
-            expected=f"a section [domains.{name}.traces] naming a public generator",
-            fix="add it, or contribute the adapter alone: the coordinator can sample the expert itself",
-        )
+    if source.questions == "public":
+        return get_task(domain.task), public_problems(site, domain)[: source.prompts]
     columns = {role: column for role, column in domain.columns if column is not None}
     examples = read_examples(site / domain.file, domain.task, columns)
     settings = domain.training
@@ -106,12 +103,13 @@ def _prompts(site: Path, domain: Domain, source: TraceSource, name: str) -> tupl
     return get_task(domain.task), rows[: source.prompts]
 
 
-def _trace(task: Task, example: Example, text: str) -> Trace:
+def _trace(task: Task, example: Example, text: str, source: TraceSource) -> Trace:
     if example.origin:
         return Trace(
             provenance_class="B", task=task.name, completion=text, generator=example.origin.name,
             config=dict(example.origin.config), seed=example.origin.seed,
         )  # fmt: skip
     return Trace(
-        provenance_class="F", task=task.name, completion=text, question=example.question, answer=example.answer
-    )
+        provenance_class=CLASSES[source.questions], task=task.name, completion=text, question=example.question,
+        answer=example.answer,
+    )  # fmt: skip

@@ -11,6 +11,7 @@ Supervised warm-up is the same computation: one completion of weight 1 per promp
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -62,8 +63,26 @@ def backward(model: Any, trees: Sequence[Tree], normaliser: float, pad_id: int, 
     return total
 
 
+def log_probabilities(model: Any, trees: Sequence[Tree], pad_id: int) -> list[list[float]]:
+    """log p(completion | prompt) of every completion of every tree; weights do not count."""
+    found: dict[int, list[float]] = {}
+    with torch.no_grad():
+        for batch in _batches(trees):
+            costs = iter(_costs(model, batch, pad_id, 1.0).tolist())
+            for tree in batch:
+                found[id(tree)] = [-sum(itertools.islice(costs, len(tokens))) for tokens, _ in tree.branches]
+    return [found[id(tree)] for tree in trees]
+
+
 def _loss(model: Any, trees: Sequence[Tree], pad_id: int, temperature: float) -> torch.Tensor:
     """Scalar: −Σ weight·log p over every completion token of every tree."""
+    weights = [weight for tree in trees for tokens, weight in tree.branches for _ in tokens]
+    costs = _costs(model, trees, pad_id, temperature)
+    return (costs * torch.tensor(weights, device=costs.device)).sum()
+
+
+def _costs(model: Any, trees: Sequence[Tree], pad_id: int, temperature: float) -> torch.Tensor:
+    """(completion tokens of all trees, in order): −log p of each."""
     device = next(model.parameters()).device
     width = max(map(len, trees))
     first = min(len(tree.prompt) for tree in trees) - 1
@@ -72,13 +91,12 @@ def _loss(model: Any, trees: Sequence[Tree], pad_id: int, temperature: float) ->
     mask = torch.eye(width, dtype=torch.bool).repeat(len(trees), 1, 1)
     where: list[tuple[int, int]] = []  # (row, position that predicts)
     targets: list[int] = []
-    weights: list[float] = []
     for row, tree in enumerate(trees):
         start = len(tree.prompt)
         ids[row, :start] = torch.tensor(tree.prompt)
         positions[row, :start] = torch.arange(start)
         mask[row, :start, :start] = torch.ones(start, start, dtype=torch.bool).tril()
-        for tokens, weight in tree.branches:
+        for tokens, _ in tree.branches:
             end = start + len(tokens)
             ids[row, start:end] = torch.tensor(tokens)
             positions[row, start:end] = torch.arange(len(tree.prompt), len(tree.prompt) + len(tokens))
@@ -86,7 +104,6 @@ def _loss(model: Any, trees: Sequence[Tree], pad_id: int, temperature: float) ->
             mask[row, start:end, start:end] = torch.ones(len(tokens), len(tokens), dtype=torch.bool).tril()
             where += [(row, position - first) for position in (len(tree.prompt) - 1, *range(start, end - 1))]
             targets += tokens
-            weights += [weight] * len(tokens)
             start = end
     logits = model(
         input_ids=ids.to(device),
@@ -99,8 +116,7 @@ def _loss(model: Any, trees: Sequence[Tree], pad_id: int, temperature: float) ->
     scores = logits[rows, columns].float()
     if temperature != 1:
         scores = scores / temperature
-    cost = torch.nn.functional.cross_entropy(scores, torch.tensor(targets, device=device), reduction="none")
-    return (cost * torch.tensor(weights, device=device)).sum()
+    return torch.nn.functional.cross_entropy(scores, torch.tensor(targets, device=device), reduction="none")
 
 
 def _batches(trees: Sequence[Tree]) -> Iterator[list[Tree]]:

@@ -2,7 +2,7 @@
 
 Input: the site's own file. Output: `runs/<domain>/expert/`, a plain PEFT LoRA folder, and `result.json` with the
 accuracy of base, warm-up and RLVR on rows that were never trained on. A validation split decides which adapter is kept;
-the test split decides nothing.
+the test split decides nothing. With differential privacy the steps are those of `private.py`.
 
 Work survives kill -9: every random choice is a function of (seed, step), so a checkpoint is the adapter, the
 optimizer's moments and a step number. It deliberately does not ship, sign or send anything.
@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import random
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,9 +29,10 @@ from fedcompose.files import disk_errors, dump_json, new_folder, sha256_hex, wri
 from fedcompose.intervals import accuracy, paired_difference
 from fedcompose.model.lm import completion_ids, load_base, merged, prompt_ids
 from fedcompose.model.sampling import sample
+from fedcompose.provenance import DpStatement
 from fedcompose.tasks import Example, Task, get_task
-from fedcompose_client.config import Domain, SiteConfig, Training
-from fedcompose_client.data import Splits, read_examples, split
+from fedcompose_client.config import Domain, Dp, SiteConfig, Training
+from fedcompose_client.data import Splits, read_column, read_examples, split
 from fedcompose_client.packed import Tree, advantage_tree, backward
 
 CHECKPOINT_EVERY = 5  # steps; about a minute of work on two CPU cores
@@ -54,6 +55,7 @@ class Progress:
     validation: dict[str, list[tuple[int, float]]] = field(default_factory=dict)
     test: dict[str, list[int]] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
+    rewarded: list[str] = field(default_factory=list)  # digests of the questions whose samples earned unequal rewards
 
 
 @dataclass
@@ -69,6 +71,7 @@ class Run:
     optimizer: torch.optim.Optimizer
     progress: Progress
     on_progress: OnProgress
+    dp: DpStatement | None = None
 
     def report(self, stage: str, step: int, steps: int, note: str = "") -> None:
         """Tell the caller, and append one line to `progress.jsonl` for anyone who watches the folder."""
@@ -79,22 +82,33 @@ class Run:
 
 
 def train(
-    site: Path, config: SiteConfig, domain_name: str, on_progress: OnProgress, fresh: bool = False
+    site: Path, config: SiteConfig, domain_name: str, on_progress: OnProgress, fresh: bool = False, dp: Dp | None = None
 ) -> dict[str, Any]:
     """Train to the end, or go on where an interrupted run stopped; returns what `result.json` holds.
 
-    Raises: ConfigError: `RUN_OTHER_SETTINGS` when the folder holds a run with other settings or data.
+    Raises: ConfigError: `RUN_OTHER_SETTINGS` when the folder holds a run with other settings or data; with `dp`,
+        `DP_UNSOUND` and `DP_EPSILON` where the guarantee cannot be given.
     """
     domain = config.domain(domain_name)
-    run = _open_run(site / "runs" / domain_name, site, config, domain, on_progress, fresh)
+    run, owners = _open_run(site / "runs" / domain_name, site, config, domain, on_progress, fresh, dp)
     if run.progress.stage == "done":
         return dict(json.loads((run.folder / "result.json").read_text()))
-    _test(run, "base")  # before the first step the adapter changes nothing
+    learn(run, dp, owners)
+    return _finish(run, config.id, domain_name, domain)
+
+
+def learn(run: Run, dp: Dp | None = None, owners: Mapping[int, str] | None = None) -> None:
+    """Both stages, or what is left of them."""
+    measure(run, "base")  # before the first step the adapter changes nothing
+    if dp:
+        from fedcompose_client.private import learn_privately
+
+        learn_privately(run, dp, owners)
+        return
     if run.progress.stage == "warm_up":
         warm_up(run)
     if run.progress.stage == "rlvr" and run.settings.steps:
-        reinforce(run, domain.training.engine)
-    return _finish(run, config.id, domain_name, domain)
+        reinforce(run)
 
 
 def warm_up(run: Run) -> None:
@@ -111,12 +125,13 @@ def warm_up(run: Run) -> None:
         after_step(run, "warm_up", step + 1, steps, started, f"loss {progress.losses[-1]:.2f}")
     if steps:
         validate(run, "warmup", steps)
-        _test(run, "warmup")
-    _start_stage(run, "rlvr")
+        measure(run, "warmup")
+    start_stage(run, "rlvr")
 
 
-def reinforce(run: Run, engine: str = "auto") -> None:
+def reinforce(run: Run) -> None:
     """GRPO by the chosen engine; `rlvr/` holds the adapter that did best on the validation split."""
+    engine = run.settings.engine
     if engine == "auto":
         engine = "trl" if torch.cuda.is_available() else "packed"
     if engine == "trl":
@@ -127,7 +142,7 @@ def reinforce(run: Run, engine: str = "auto") -> None:
         reinforce_packed(run)
     run.model.load_adapter(str(run.folder / "rlvr"), "best")
     run.model.set_adapter("best")
-    _test(run, "rlvr")
+    measure(run, "rlvr")
     run.progress.stage = "tested"
 
 
@@ -164,7 +179,18 @@ def explore(run: Run, examples: Sequence[Example], step: int) -> tuple[list[Tree
         rewards += scores
         if tree := advantage_tree(prompt, [one.tokens for one in group], scores):
             trees.append(tree)
+            note_rewarded(run, example)
     return trees, rewards
+
+
+def note_rewarded(run: Run, example: Example) -> None:
+    """Remember that a question taught something; an audit asks that of its canaries."""
+    if (note := note_of(example)) not in run.progress.rewarded:
+        run.progress.rewarded.append(note)
+
+
+def note_of(example: Example) -> str:
+    return sha256_hex(example.question.encode())[:16]
 
 
 def update(run: Run, trees: Sequence[Tree], normaliser: float, lr: float, temperature: float = 1.0) -> float:
@@ -210,21 +236,42 @@ def correct_answers(run: Run, examples: Sequence[Example], stage: str) -> list[i
 
 
 def _open_run(
-    folder: Path, site: Path, config: SiteConfig, domain: Domain, on_progress: OnProgress, fresh: bool
-) -> Run:
-    settings = domain.training
-    base = resolve_base(config.base)
-    task = get_task(domain.task)
+    folder: Path, site: Path, config: SiteConfig, domain: Domain, on_progress: OnProgress, fresh: bool, dp: Dp | None
+) -> tuple[Run, dict[int, str] | None]:
+    """The run, and where the unit of privacy is a user, whose each row is."""
+    settings, base = domain.training, resolve_base(config.base)
+    examples, owners = rows_and_owners(site, domain, dp)
+    splits = split(examples, settings.seed, settings.validation_count, settings.test_count, owners)
+    _same_settings(folder, _made_from(base.digest, domain, dp), examples, fresh)
+    return new_run(folder, settings, get_task(domain.task), splits, base.path, on_progress), owners
+
+
+def rows_and_owners(site: Path, domain: Domain, dp: Dp | None) -> tuple[list[Example], dict[int, str] | None]:
+    """The site's own file; for privacy by user also whose each row is, by the row's `id`.
+
+    Raises: ConfigError: `DP_UNSOUND` where rows do not say whose they are, and all that `read_examples` raises.
+    """
     columns = {role: column for role, column in domain.columns if column is not None}
     examples = read_examples(site / domain.file, domain.task, columns)
-    splits = split(examples, settings.seed, settings.validation_count, settings.test_count)
-    _same_settings(
-        folder,
-        {"base": base.digest, "task": domain.task, **settings.model_dump(mode="json")},
-        examples,
-        fresh,
-    )
-    frozen, tokenizer = load_base(base.path)
+    if dp is None or dp.unit == "prompt":
+        return examples, None
+    if domain.user is None:
+        raise ConfigError(
+            "DP_UNSOUND", "no differential privacy by user: the rows do not say whose they are",
+            expected="a column", fix='name it in site.toml, as in user = "patient"',
+        )  # fmt: skip
+    users = read_column(site / domain.file, domain.user)
+    return examples, {id(example): user for example, user in zip(examples, users, strict=True)}
+
+
+def _made_from(base_digest: str, domain: Domain, dp: Dp | None) -> dict[str, Any]:
+    private = {"dp": dp.model_dump(mode="json")} if dp else {}
+    return {"base": base_digest, "task": domain.task, **domain.training.model_dump(mode="json"), **private}
+
+
+def new_run(folder: Path, settings: Training, task: Task, splits: Splits, base: Path, on_progress: OnProgress) -> Run:
+    """A run with a fresh adapter, or with that of the checkpoint in its folder."""
+    frozen, tokenizer = load_base(base)
     torch.manual_seed(settings.seed)
     lora = LoraConfig(
         r=settings.rank,
@@ -274,13 +321,13 @@ def after_step(run: Run, stage: str, step: int, steps: int, started: float, note
     seconds[stage] = seconds.get(stage, 0.0) + time.perf_counter() - started
     run.report(stage, step, steps, note)
     if step % CHECKPOINT_EVERY == 0:
-        _save_checkpoint(run)
+        save_checkpoint(run)
 
 
-def _start_stage(run: Run, stage: str) -> None:
+def start_stage(run: Run, stage: str) -> None:
     run.progress.stage, run.progress.step = stage, 0
     run.optimizer = new_optimizer(run.model)
-    _save_checkpoint(run)
+    save_checkpoint(run)
 
 
 def validate(run: Run, name: str, step: int) -> None:
@@ -289,29 +336,35 @@ def validate(run: Run, name: str, step: int) -> None:
     if any(done == step for done, _ in history):
         return
     correct = correct_answers(run, run.splits.validation, "validate")
-    score = sum(correct) / len(correct)
+    score = sum(correct) / max(1, len(correct))
     if not history or score >= max(past for _, past in history):
         save_adapter(run.model, run.folder / name)
     history.append((step, score))
-    _save_checkpoint(run)
+    save_checkpoint(run)
 
 
-def _test(run: Run, name: str) -> None:
-    """Accuracy on the test split, once per adapter."""
-    if name in run.progress.test:
+def measure(run: Run, name: str) -> None:
+    """Accuracy on the test split, if there is one, once per adapter."""
+    if name in run.progress.test or not run.splits.test:
         return
     run.progress.test[name] = correct_answers(run, run.splits.test, f"test {name}")
-    _save_checkpoint(run)
+    save_checkpoint(run)
 
 
-def _finish(run: Run, site_id: str, domain_name: str, domain: Domain) -> dict[str, Any]:
-    """Keep the better adapter by validation, write `expert/` and `result.json`."""
-    progress = run.progress
-    best = {name: max(score for _, score in history) for name, history in progress.validation.items()}
-    kept = max(best, key=lambda name: (best[name], name == "rlvr"))
+def keep(run: Run) -> str:
+    """Write `expert/`: the better adapter by validation, or the last one where none may be chosen; returns its name."""
+    best = {name: max(score for _, score in history) for name, history in run.progress.validation.items()}
+    last = "rlvr" if run.settings.steps else "warmup"
+    kept = max(best, key=lambda name: (best[name], name == "rlvr")) if best else last
     with new_folder(run.folder / "expert") as folder:
         for path in (run.folder / kept).iterdir():
             (folder / path.name).write_bytes(path.read_bytes())
+    return kept
+
+
+def _finish(run: Run, site_id: str, domain_name: str, domain: Domain) -> dict[str, Any]:
+    """Keep an adapter, and write `result.json`."""
+    progress, kept = run.progress, keep(run)
     test = progress.test
     result = {
         "site": site_id,
@@ -333,10 +386,11 @@ def _finish(run: Run, site_id: str, domain_name: str, domain: Domain) -> dict[st
         "warm_up_losses": progress.losses,
         "seconds": progress.seconds,
         "settings": run.settings.model_dump(mode="json"),
+        "dp": run.dp.model_dump(mode="json") if run.dp else None,
     }
     write_json(run.folder / "result.json", result)
     progress.stage = "done"
-    _save_checkpoint(run)
+    save_checkpoint(run)
     run.report("done", 1, 1)
     return result
 
@@ -347,7 +401,7 @@ def save_adapter(model: Any, folder: Path) -> None:
         model.save_pretrained(temporary)
 
 
-def _save_checkpoint(run: Run) -> None:
+def save_checkpoint(run: Run) -> None:
     """Adapter, optimizer moments and progress in one file, replaced atomically."""
     tensors = {f"adapter/{name}": value.contiguous() for name, value in get_peft_model_state_dict(run.model).items()}
     for index, moments in run.optimizer.state_dict()["state"].items():

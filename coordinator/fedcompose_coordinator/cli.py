@@ -1,5 +1,5 @@
-"""`fedcompose coordinator`: init, invite, start, call, receive, compose, evaluate, release, report, in that order;
-ledger; later remove and add."""
+"""`fedcompose coordinator`: init, invite, start, call, receive, screen, compose, evaluate, release and report, in that
+order; ledger; later remove and add."""
 
 from __future__ import annotations
 
@@ -26,6 +26,7 @@ from fedcompose.settings import fill_template, read_settings
 from fedcompose_coordinator import commands_flower, commands_ledger, commands_running
 from fedcompose_coordinator.approvals import read_rule
 from fedcompose_coordinator.commands_evaluate import evaluate, report
+from fedcompose_coordinator.commands_screen import screen
 from fedcompose_coordinator.config import CONFIG_NAME, Compose, CoordinatorConfig, load_config
 from fedcompose_coordinator.decisions import deciding
 from fedcompose_coordinator.home import ATTENTION_ONLY, CANDIDATE, federation_of, members_of, open_home, received_from
@@ -201,6 +202,7 @@ def add(
 
 
 app.command()(evaluate)
+app.command()(screen)
 
 
 @app.command()
@@ -260,7 +262,8 @@ def _compose(
         def sampled(site: str, count: int) -> None:
             bars.update(sampling, advance=count, visible=True, note=site)
 
-        lessons = all_lessons(config, wanted, admitted, base, sampled) if recipe.needs_lessons or not experts else []
+        taught_by = [each for each in admitted if each.kind == "adapter" or recipe.settings.learn_from == "traces"]
+        lessons = all_lessons(config, wanted, taught_by, base, sampled) if recipe.needs_lessons or not experts else []
         if recipe.made in ("trained", "sampled"):
             lessons += mixed_lessons(lessons, wanted.mixed_lessons, wanted.seed)
         bar = bars.add_task("compose", total=None, note="")

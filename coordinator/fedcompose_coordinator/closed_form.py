@@ -4,7 +4,8 @@
     centroid   of each domain and point, the mean of what the base's tokens look like there
     ridge      at each point, the linear classifier of domains with the least squared error
     prompt     the same over whole prompts, by their mean embedding
-    phatgoose  of each expert and linear, a gate that opens for its own lessons; learned by the expert alone
+    phatgoose  of each expert and linear, a gate that opens for its own lessons; learned by the expert alone, here or,
+               for `phatgoose-sites`, by its site
 
 What is read are the hidden states of the base without experts, so what one site contributes does not depend on the
 others: adding or removing a site takes one reading. All of a domain's experts are alike to centroid, ridge and prompt.
@@ -23,6 +24,7 @@ from torch.nn import functional
 from fedcompose.errors import ConfigError
 from fedcompose.model.controls import NoExpertRouter
 from fedcompose.model.experts import Update
+from fedcompose.model.gates import GatedExpert
 from fedcompose.model.learned import PromptRouter
 from fedcompose.model.router import Point, RoutingDecision
 from fedcompose_coordinator.completion import Stream, completion_losses
@@ -42,6 +44,8 @@ def fit(work: Work, on_step: OnStep | None) -> list[dict[str, Any]]:
         _set_vectors(work, arrow_vectors(work))
     elif router.scorer == "centroid":
         _set_vectors(work, _by_expert(work, [moments.means for moments in read_moments(work, products=False)]))
+    elif router.scorer == "phatgoose" and not work.recipe.needs_lessons:
+        _set_vectors(work, shipped_gates(work))
     elif router.scorer == "phatgoose":
         return learn_gates(work, on_step)
     elif isinstance(work.model.router, PromptRouter):
@@ -170,31 +174,36 @@ def with_one(x: Tensor) -> Tensor:
 # --- gates (PHATGOOSE) ----------------------------------------------------------------------------
 
 
-class Gates(nn.Module):
-    """One expert, opened for each token by a gate at every point: weight σ(v·x)."""
+def shipped_gates(work: Work) -> list[Tensor]:
+    """(experts, width) for each point, from what the sites signed; zeros where an expert has no part.
 
-    def __init__(self, points: Sequence[Point], expert: int, experts: int) -> None:
-        super().__init__()
-        self.expert, self.experts = expert, experts
-        self.vectors = nn.ParameterList(nn.Parameter(torch.zeros(point.width)) for point in points)
-
-    def forward(self, hidden_states: Tensor, point: int) -> RoutingDecision:
-        opened = torch.sigmoid(hidden_states.float() @ self.vectors[point])
-        weights = functional.one_hot(torch.tensor(self.expert), self.experts).to(opened) * opened[..., None]
-        return RoutingDecision(weights, torch.full(opened.shape, self.expert, device=opened.device))
+    Raises: ConfigError: `GATES_MISSING` when a site shipped none.
+    """
+    missing = [expert.name for expert, gates in zip(work.experts, work.gates, strict=True) if gates is None]
+    if missing:
+        raise ConfigError(
+            "GATES_MISSING", f"these sites shipped no gates: {', '.join(missing)}",
+            fix="at the site: fedcompose client gates, then contribute; or compose by phatgoose, which learns its own",
+        )  # fmt: skip
+    return [
+        torch.stack([
+            torch.tensor(gates[point.name]) if gates and point.name in gates else torch.zeros(point.width)
+            for gates in work.gates
+        ])
+        for point in work.model.routing.points
+    ]  # fmt: skip
 
 
 def learn_gates(work: Work, on_step: OnStep | None) -> list[dict[str, Any]]:
     """Each expert's gates, learned on its own domain's lessons with nobody else about; then set as vectors.
 
-    In the paper a site trains them on its own data. Here the traces it shipped stand for that, so that no site ships
-    anything more.
+    In the paper a site trains them on its own data. Here lessons stand for that, so that no site ships anything more.
     """
-    learned: list[Gates] = []
+    learned: list[GatedExpert] = []
     log: list[dict[str, Any]] = []
     total = work.settings.steps * len(work.experts)
     for expert in range(len(work.experts)):
-        gates = Gates(work.model.routing.points, expert, len(work.experts)).to(work.model.device)
+        gates = GatedExpert(work.model.routing.points, expert, len(work.experts)).to(work.model.device)
         for loss in _open_gates(work, gates):
             log.append({"step": len(log) + 1, "expert": work.experts[expert].name, "loss": loss})
             if on_step:
@@ -205,7 +214,7 @@ def learn_gates(work: Work, on_step: OnStep | None) -> list[dict[str, Any]]:
     return log
 
 
-def _open_gates(work: Work, gates: Gates) -> Iterator[float]:
+def _open_gates(work: Work, gates: GatedExpert) -> Iterator[float]:
     """Train the gates of one expert; the loss of every step."""
     settings = work.settings
     rows = [row for row in work.rows if gates.expert in work.owners[row.domain]]

@@ -16,6 +16,7 @@ from fedcompose.bases import Base
 from fedcompose.console import AsJson, accuracy_table, next_steps, out, print_json, progress_bars
 from fedcompose.contribution import VerifiedContribution
 from fedcompose.files import dump_json, read_json, sha256_hex, write_json
+from fedcompose.gates import GATES_FILE
 from fedcompose_coordinator.config import CoordinatorConfig
 from fedcompose_coordinator.home import ATTENTION_ONLY, CANDIDATE, members_of, open_home
 from fedcompose_coordinator.methods import METHODS
@@ -148,7 +149,7 @@ def _compare(opened: Opened, seeds: int, methods: str, worker: bool, as_json: bo
     from fedcompose_coordinator.report import write_comparison
     from fedcompose_coordinator.results import markdown
 
-    names = methods.split(",") if methods else available()
+    names = methods.split(",") if methods else available(opened.admitted)
     numbers = range(opened.config.compose.seed, opened.config.compose.seed + seeds)
     if not worker:
         _compose_missing(opened, candidates(names, numbers))
@@ -199,9 +200,11 @@ def _fill(opened: Opened, cells: Sequence[Cell], bench: OpenBench, *options: str
         )  # fmt: skip
 
 
-def available() -> list[str]:
-    """Every method that can run here: LoRAHub's search needs a package of its own."""
-    return [name for name in METHODS if name != "lorahub" or find_spec("nevergrad")]
+def available(admitted: Sequence[VerifiedContribution]) -> list[str]:
+    """Every method that can run here: LoRAHub's search needs a package of its own, and one method the sites' gates."""
+    gates = all(GATES_FILE in each.digests for each in admitted if each.kind == "adapter")
+    missing = {*([] if find_spec("nevergrad") else ["lorahub"]), *([] if gates else ["phatgoose-sites"])}
+    return [name for name in METHODS if name not in missing]
 
 
 def _compose_missing(opened: Opened, wanted: Sequence[Wanted]) -> None:

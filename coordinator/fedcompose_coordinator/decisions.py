@@ -8,6 +8,7 @@ what the ledger cannot know of itself: its own head, and the latest time that th
     refused    a digest and the code              approved   by whom, with which key
     admitted   the contribution                   composed   the candidate and its experts
     released   the release                        repaired   what a crash had left half written
+    quarantined  the contribution, and the codes of what `screen` found
 
 Every command that decides something does so within `deciding`: one at a time, with the whole ledger checked against
 the heads that are known here, and not while the clock is behind what it was.

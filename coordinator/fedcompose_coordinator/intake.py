@@ -34,12 +34,13 @@ from fedcompose.contribution import (
     kind_of,
     verify_contribution,
 )
-from fedcompose.errors import ConfigError, RefusedError
+from fedcompose.errors import ConfigError, MissingError, RefusedError
 from fedcompose.federation import Federation
 from fedcompose.files import dir_hash, disk_errors, sha256_hex, write_json
 from fedcompose.folder import check_names, copy_file, list_files
+from fedcompose.rederive import rederive
 from fedcompose.signing import Signer
-from fedcompose.traces import check_tokens
+from fedcompose.traces import Trace, check_tokens
 from fedcompose_coordinator import approvals
 from fedcompose_coordinator.approvals import Rule
 from fedcompose_coordinator.decisions import Decisions, Known, decided, deciding, own_calls
@@ -192,7 +193,30 @@ def _check_new(found: VerifiedContribution, decisions: Decisions, base: Base) ->
             got=found.provenance.base.dir_hash,
         )
     if found.kind == "traces":
-        check_tokens(found.traces(), control_tokens(base))
+        traces = found.traces()
+        check_tokens(traces, control_tokens(base))
+        _check_rederived(traces)
+
+
+def _check_rederived(traces: Sequence[Trace]) -> None:
+    """Every trace answers its problem, which is made again here; only class E states none that could be checked.
+
+    Raises: RefusedError: `TRACES_UNVERIFIED`.
+    """
+    for number, trace in enumerate(traces, start=1):
+        try:
+            right = trace.provenance_class == "E" or rederive(trace) is not None
+        except MissingError as error:  # a site decides what it names; it must not decide what is installed here
+            raise _unverified(number, error.what, error.fix) from error
+        if not right:
+            raise _unverified(number, "a wrong answer, or a problem that does not exist here", None)
+
+
+def _unverified(number: int, got: str, fix: str | None) -> RefusedError:
+    return RefusedError(
+        "TRACES_UNVERIFIED", f"line {number} of the traces does not answer the problem that it names", got=got,
+        fix=fix or "the same version of fedcompose at both places; at the site: fedcompose client distill",
+    )  # fmt: skip
 
 
 def _check_sequence(found: VerifiedContribution, same: Sequence[Known]) -> None:

@@ -16,7 +16,8 @@ from typing import Any
 from fedcompose.contribution import VerifiedContribution
 from fedcompose.errors import ConfigError
 from fedcompose.model.lm import completion_ids, prompt_ids
-from fedcompose.tasks import Example, Origin, generate, get_task, split_of
+from fedcompose.rederive import rederive
+from fedcompose.tasks import get_task, split_of
 from fedcompose.traces import Trace
 
 MAX_LESSON_TOKENS = 2048  # longer lessons are left out and counted; bounds memory
@@ -54,13 +55,10 @@ def lessons_of(contributions: Iterable[VerifiedContribution]) -> list[Lesson]:
 
 def lesson_of(trace: Trace, domain: str) -> Lesson | None:
     """The lesson in a trace; None when its answer is wrong, or its prompt is unknown here or of the test split."""
-    try:
-        task, example = get_task(trace.task), _example(trace)
-    except ConfigError:  # a site named a task, a generator or settings that do not exist here: its trace, its loss
+    example = rederive(trace)
+    if example is None or (example.origin is not None and split_of(example.question) == "test"):
         return None
-    if example is None or not task.is_correct(trace.completion, example.answer):
-        return None
-    return Lesson(domain, task.prompt(example.question), trace.completion)
+    return Lesson(domain, get_task(trace.task).prompt(example.question), trace.completion)
 
 
 def encode(tokenizer: Any, lessons: Iterable[Lesson], domains: Sequence[str]) -> list[Row]:
@@ -147,15 +145,6 @@ def micro_batches(rows: Sequence[Row], together: bool = False, max_tokens: int =
             parts.append(unit)
             shortest = longest
     return parts
-
-
-def _example(trace: Trace) -> Example | None:
-    if trace.generator is not None and trace.seed is not None:
-        example = generate(Origin(trace.generator, trace.config or {}, trace.seed))
-        return example if split_of(example.question) == "train" else None
-    if trace.question is not None and trace.answer is not None:
-        return Example(trace.question, trace.answer)
-    return None
 
 
 def _endless(rows: list[Row], rng: random.Random) -> Iterator[Row]:

@@ -34,6 +34,8 @@ REMIX = "arXiv 2603.10160"
 class ComposeSettings(Settings):
     """How router and attention LoRA are trained. The measured settings, the demo's, are in docs/log.md."""
 
+    # The sites' traces, and sampled experts where a site shipped none; or sampled experts everywhere.
+    learn_from: Literal["traces", "sampled"] = "traces"
     steps: int = Field(60, ge=1)
     batch: int = Field(12, ge=1)  # lessons per step, the same number from every domain
     tokens_per_domain: int | None = Field(None, ge=1)  # lessons beyond this budget are left out
@@ -75,11 +77,16 @@ class Method:
 
 _PER_LAYER: dict[str, Any] = {"sharing": "layer"}
 _PER_LINEAR: dict[str, Any] = {"decides": "linear", "sharing": "module"}
+_PHATGOOSE = RouterConfig(scorer="phatgoose", estimator="top_k", top_k=2, normalise=True, **_PER_LINEAR)
 _ALONE: dict[str, Any] = {"attention_rank": 0}
 
 METHODS: Mapping[str, Method] = {
     "hard": Method(
         "one expert per token; the gradient asks all experts", "trained", RouterConfig(), source=PAPER,
+    ),
+    "hard-sampled": Method(
+        "one expert per token; learned from sampled experts, without any trace of a site", "trained",
+        RouterConfig(), {"learn_from": "sampled"}, source="ours",
     ),
     "hard-selected": Method(
         "one expert per token; the gradient asks the chosen one", "trained",
@@ -117,9 +124,12 @@ METHODS: Mapping[str, Method] = {
         RouterConfig(scorer="centroid", **_PER_LAYER), source="arXiv 2405.11157",
     ),
     "phatgoose": Method(
-        "whose own gate opens widest; gates learned from each site's traces", "closed form",
-        RouterConfig(scorer="phatgoose", estimator="top_k", top_k=2, normalise=True, **_PER_LINEAR),
-        {"steps": 100, "batch": 4, "router_lr": 1e-3}, source="arXiv 2402.05859",
+        "whose own gate opens widest; gates learned from each site's lessons", "closed form",
+        _PHATGOOSE, {"steps": 100, "batch": 4, "router_lr": 1e-3}, source="arXiv 2402.05859",
+    ),
+    "phatgoose-sites": Method(
+        "whose own gate opens widest; gates learned by each site on its own data", "closed form",
+        _PHATGOOSE, source="arXiv 2402.05859", needs_lessons=False,
     ),
     "ridge": Method(
         "a linear classifier of domains at every layer, in one solve", "closed form",

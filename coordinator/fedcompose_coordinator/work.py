@@ -9,8 +9,10 @@ from typing import Any
 
 from torch import nn
 
+from fedcompose.adapter import CONFIG_FILE, parse_config
 from fedcompose.bases import Base, base_shapes
 from fedcompose.contribution import VerifiedContribution
+from fedcompose.gates import GATES_FILE, Gates, read_gates
 from fedcompose.model.composed import add_attention
 from fedcompose.model.experts import Expert, read_expert
 from fedcompose.model.learned import make_router
@@ -36,6 +38,7 @@ class Work:
     recipe: Recipe
     seed: int
     attention: Sequence[nn.Parameter] = ()
+    gates: Sequence[Gates | None] = ()  # what each expert's site shipped
 
     @property
     def settings(self) -> ComposeSettings:
@@ -87,4 +90,16 @@ def prepare(
     if experts and recipe.router:
         points = decision_points(model, experts, recipe.router.decides)
         compose_model(model, experts, make_router(recipe.router, points, len(experts), seed), recipe.router.decides)
-    return Work(model, tokenizer, experts, rows, domains, owners, recipe, seed, attention)
+    gates = [shipped_gates(each) for each in used]
+    return Work(model, tokenizer, experts, rows, domains, owners, recipe, seed, attention, gates)
+
+
+def shipped_gates(contribution: VerifiedContribution) -> Gates | None:
+    """The gates in an adapter's contribution, if its site shipped some.
+
+    Raises: RefusedError: `FILE_CHANGED`.
+    """
+    if GATES_FILE not in contribution.digests:
+        return None
+    config = parse_config(contribution.read(CONFIG_FILE))
+    return read_gates(contribution.read(GATES_FILE), config, None)

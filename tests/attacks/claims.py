@@ -157,6 +157,18 @@ CLAIMS: Cases = {
         lambda a: a.claim(lora={"r": 8, "alpha": 8.0, "targets": ["up_proj"]}),
         "PROVENANCE_CONTENT",
     ),
+    "claims-an-audit-below-its-own-limit": (
+        lambda a: a.claim(audit={"verdict": "fail", "target": "twin"}, limits={"requireAudit": "pass"}),
+        "AUDIT_BELOW_LIMIT",
+    ),
+    "claims-less-privacy-than-its-own-limit": (
+        lambda a: a.claim(limits={"requireAudit": "none", "maxEpsilon": 8.0}),
+        "EPSILON_ABOVE_LIMIT",
+    ),
+    "claims-an-audit-with-a-note": (
+        lambda a: a.claim(audit={"verdict": "pass", "target": "twin", "note": "patient 7"}),
+        "PROVENANCE_INVALID",
+    ),
     "claims-about-other-files": (other_subjects, "PROVENANCE_SUBJECTS"),
     "claims-about-a-file-twice": (subject_twice, "PROVENANCE_INVALID"),
     "claims-smuggled": (lambda a: a.claim(host="gpu-7"), "PROVENANCE_INVALID"),

@@ -6,13 +6,22 @@ import json
 from collections.abc import Callable
 from typing import Any
 
-from fedcompose.adapter import MAX_TENSORS, StoredTensor
+from fedcompose.adapter import MAX_TENSORS, StoredTensor, canonical_safetensors
+from fedcompose.gates import GATES_FILE
 from tests.attacks.attack import Cases, Change, Folder, Mutation, tensor, with_signed_file, with_tensors
 
 WEIGHTS = "adapter_model.safetensors"
 MODULE = "base_model.model.model.layers.0.mlp.up_proj"
 A, B = f"{MODULE}.lora_A.weight", f"{MODULE}.lora_B.weight"
+LINEARS = [f"model.layers.{n}.mlp.{part}_proj" for n in range(2) for part in ("gate", "up", "down")]
+WIDTHS = {name: 64 if "down" in name else 32 for name in LINEARS}
+ONE = b"\x00\x00\x80\x3f"
 NAN, INFINITY, HUGE, BEYOND = b"\x00\x00\xc0\x7f", b"\x00\x00\x80\xff", b"\x00\x00\x80\x4b", b"\xff\xff\x7f\x7f"
+
+
+def gates(tensors: dict[str, StoredTensor]) -> Mutation:
+    """These gates beside the expert."""
+    return with_signed_file(GATES_FILE, canonical_safetensors(tensors))
 
 
 def file_of(header: str | bytes | dict[str, Any], body: bytes = b"") -> bytes:
@@ -185,4 +194,11 @@ TENSORS: Cases = {
     "tensor-nan-bfloat16": (filled(A, b"\xc0\x7f", "BF16"), "ADAPTER_NOT_FINITE"),
     "tensor-huge": (filled(A, HUGE), "ADAPTER_TOO_STRONG"),
     "tensor-square-overflows": (filled(A, BEYOND), "ADAPTER_TOO_STRONG"),
+    "gates-not-tensors": (with_signed_file(GATES_FILE, b"x" * 64), "SAFETENSORS_INVALID"),
+    "gates-for-other-linears": (gates({"model.layers.0.self_attn.q_proj": tensor((32,), ONE)}), "GATES_INVALID"),
+    "gates-for-some-linears": (gates({"model.layers.0.mlp.up_proj": tensor((32,), ONE)}), "GATES_INVALID"),
+    "gates-too-wide": (gates({name: tensor((65,), ONE) for name in LINEARS}), "GATES_INVALID"),
+    "gates-of-matrices": (gates({name: tensor((1, 32), ONE) for name in LINEARS}), "GATES_INVALID"),
+    "gates-not-finite": (gates({name: tensor((WIDTHS[name],), NAN) for name in LINEARS}), "GATES_INVALID"),
+    "gates-of-zeros": (gates({name: tensor((WIDTHS[name],)) for name in LINEARS}), "GATES_INVALID"),
 }

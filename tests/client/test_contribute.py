@@ -8,10 +8,14 @@ from pathlib import Path
 import pytest
 
 from fedcompose.call import make_call, read_own_call
+from fedcompose.contribution import ReceivedContribution, verify_contribution
 from fedcompose.errors import ConfigError, RefusedError
-from fedcompose.files import folder_digests
+from fedcompose.files import folder_digests, sha256_file
 from fedcompose.traces import Trace, encode
-from tests.federation_sim import FederationSim
+from fedcompose_client.config import Privacy
+from fedcompose_client.firewall import write_passed
+from tests.fedcompose.test_provenance import DP
+from tests.federation_sim import FederationSim, make_traces
 
 
 def test_signs_exactly_the_files_of_the_two_formats(sim: FederationSim) -> None:
@@ -77,12 +81,31 @@ def test_traces_of_private_questions_stay_unless_declared_non_private(
     trace = Trace.model_validate(
         {"provenance_class": provenance_class, "task": "exact", "completion": "Answer: a", **question}
     )
-    (site.folder / "runs" / "clock" / "traces.jsonl").write_bytes(encode([trace]))
+    write_passed(site.folder / "runs" / "clock", [trace])
     with pytest.raises(RefusedError) as refusal:
         sim.contribute("site-a")
     assert refusal.value.code == "TRACES_CLASS"
     assert not (site.outbox / "traces").exists()
     assert sim.contribute("site-a", non_private=True)[1].traces() == [trace]
+
+
+def test_only_traces_that_the_firewall_let_through_leave(sim: FederationSim) -> None:
+    site = sim.sites["site-a"]
+    run = site.folder / "runs" / "clock"
+    (run / "traces.jsonl").write_bytes(encode(make_traces(2)))
+    with pytest.raises(RefusedError) as refusal:
+        sim.contribute("site-a")
+    assert refusal.value.code == "TRACES_UNREVIEWED"
+    (run / "review.json").write_text("{}")
+    with pytest.raises(RefusedError) as refusal:
+        sim.contribute("site-a")
+    assert refusal.value.code == "TRACES_UNREVIEWED"
+    write_passed(run, make_traces(2))
+    assert sim.contribute("site-a")[1].traces() == make_traces(2)
+
+
+def test_traces_leave_only_where_the_settings_ask_for_them(sim: FederationSim) -> None:
+    assert [each.kind for each in sim.contribute("site-a", traces=False)] == ["adapter"]
 
 
 def test_a_failed_attempt_leaves_the_last_contribution_whole(sim: FederationSim) -> None:
@@ -132,3 +155,49 @@ def test_at_a_given_time_the_same_run_gives_the_same_bytes(sim: FederationSim, m
 def test_without_a_given_time_each_signing_is_another(sim: FederationSim) -> None:
     once, again = signed_twice(sim)
     assert once != again
+
+
+def state_privacy(run: Path, verdict: str) -> None:
+    """A private run and its audit, as `train` and `audit` leave them."""
+    result = json.loads((run / "result.json").read_text())
+    (run / "result.json").write_text(json.dumps(result | {"dp": DP.model_dump(mode="json")}))
+    (run / "settings.json").write_text("{}")
+    (run / "audit").mkdir(exist_ok=True)
+    audited = {"made_from": sha256_file(run / "settings.json"), "verdict": verdict}
+    (run / "audit" / "audit.json").write_text(json.dumps(audited))
+
+
+def test_what_a_run_states_about_privacy_travels_and_its_accuracies_do_not(sim: FederationSim) -> None:
+    state_privacy(sim.sites["site-a"].folder / "runs" / "clock", "warn")
+    adapter, *_ = sim.contribute("site-a", privacy=Privacy(require_audit="warn", max_epsilon=8.0))
+    claims = adapter.provenance
+    assert claims.dp == DP and claims.metrics == {}
+    assert claims.audit is not None and claims.audit.verdict == "warn" and claims.audit.numbers is None
+    assert claims.limits is not None and claims.limits.max_epsilon == 8.0
+
+
+@pytest.mark.parametrize(
+    ("privacy", "code"),
+    [(Privacy(require_audit="pass"), "AUDIT_BELOW_LIMIT"), (Privacy(max_epsilon=7.0), "EPSILON_ABOVE_LIMIT")],
+)
+def test_nothing_leaves_of_a_run_beyond_the_sites_own_limits(sim: FederationSim, privacy: Privacy, code: str) -> None:
+    site = sim.sites["site-a"]
+    state_privacy(site.folder / "runs" / "clock", "warn")
+    with pytest.raises(RefusedError) as refusal:
+        sim.contribute("site-a", privacy=privacy)
+    assert refusal.value.code == code
+    assert not site.outbox.exists()
+
+
+def test_whoever_receives_an_adapter_holds_it_to_its_own_sites_limits(
+    sim: FederationSim, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A site whose software was changed signs what its limits forbid; the coordinator refuses it."""
+    state_privacy(sim.sites["site-a"].folder / "runs" / "clock", "fail")
+    with monkeypatch.context() as broken:
+        broken.setattr("fedcompose_client.claims.check_limits", lambda *_: None)
+        broken.setattr("fedcompose.contribution.check_limits", lambda *_: None)
+        adapter, *_ = sim.contribute("site-a", privacy=Privacy(require_audit="pass"))
+    with pytest.raises(RefusedError) as refusal:
+        verify_contribution(ReceivedContribution(adapter.path), sim.federation, now=sim.now)
+    assert refusal.value.code == "AUDIT_BELOW_LIMIT"

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import shutil
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
 import torch
 
+from fedcompose.adapter import read_adapter
 from fedcompose.contribution import VerifiedContribution
 from fedcompose.files import dir_hash, folder_digests
+from fedcompose.gates import GATES_FILE, write_gates
 from fedcompose.model.experts import TARGETS
 from fedcompose.model.lm import load_base
 from fedcompose_coordinator.completion import completion_losses, make_pass
@@ -53,6 +58,16 @@ def train_expert(base: Path, folder: Path, domain: str, targets: tuple[str, ...]
     adapted.save_pretrained(folder)
     (folder / "README.md").unlink()
     return folder
+
+
+def with_gates(expert: VerifiedContribution, folder: Path) -> VerifiedContribution:
+    """The same expert with random gates beside it."""
+    shutil.copytree(expert.path, folder)
+    adapter, rng = read_adapter(folder, None), np.random.default_rng(0)
+    widths = {module: adapter.pair(module)[0].shape[1] for module in adapter.modules()}
+    gates = {module: rng.normal(size=width).astype("<f4") for module, width in widths.items()}
+    (folder / GATES_FILE).write_bytes(write_gates(gates))
+    return replace(admit(folder, expert.domain), site=expert.site)
 
 
 def admit(folder: Path, domain: str | None = None) -> VerifiedContribution:

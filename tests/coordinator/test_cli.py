@@ -15,7 +15,8 @@ from fedcompose.errors import ConfigError, RefusedError
 from fedcompose.explanations import EXPLANATIONS
 from fedcompose.keys import new_key
 from fedcompose.settings import fill_template
-from fedcompose.traces import Trace, encode
+from fedcompose.traces import Trace
+from fedcompose_client.firewall import write_passed
 from fedcompose_coordinator.cli import app
 from fedcompose_coordinator.config import CoordinatorConfig, load_config
 from tests.federation_sim import FederationSim
@@ -106,7 +107,7 @@ def test_a_composition_is_written_down(sim: FederationSim, home: Path) -> None:
     (home / "coordinator.toml").write_text(settings)
     for site in sim.sites.values():
         trace = Trace(provenance_class="C", task="exact", question="What?", answer="this", completion="Answer: this")
-        (site.folder / "runs" / site.domain / "traces.jsonl").write_bytes(encode([trace]))
+        write_passed(site.folder / "runs" / site.domain, [trace])
         sim.contribute(site.id)
     run(sim, "receive", *(site.outbox for site in sim.sites.values()))
     composition: dict[str, Any] = json.loads(run(sim, "compose", "--json"))

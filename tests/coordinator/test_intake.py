@@ -16,16 +16,17 @@ from fedcompose import ledger
 from fedcompose.bases import Base
 from fedcompose.call import CALL_TYPE, COLLECTION_PERIOD, Call, WantedLora, make_call, parse_call, read_own_call
 from fedcompose.contribution import Kind, ReceivedContribution, VerifiedContribution
-from fedcompose.errors import ConfigError, RefusedError
+from fedcompose.errors import ConfigError, MissingError, RefusedError
 from fedcompose.federation import Federation, format_time
 from fedcompose.files import dump_json, folder_digests, write_atomic
 from fedcompose.revocations import RevokedKey, no_revocations
 from fedcompose.signing import sign_envelope, sign_files
-from fedcompose.traces import decode, encode, is_plain_text
+from fedcompose.traces import Trace, decode, is_plain_text
 from fedcompose_client.contribute import contribute
+from fedcompose_client.firewall import write_passed
 from fedcompose_coordinator import decisions, intake
 from fedcompose_coordinator.decisions import Decisions, deciding
-from tests.federation_sim import FederationSim
+from tests.federation_sim import FederationSim, make_traces
 
 
 def test_admits_every_kind_from_every_site_and_lists_them(sim: FederationSim) -> None:
@@ -297,12 +298,38 @@ def test_traces_with_a_control_token_of_the_base_are_refused(base_with_tokens: F
     run = sim.sites["site-a"].folder / "runs" / "clock"
     trace = decode((run / "traces.jsonl").read_bytes())[0].model_copy(update={"completion": "1 <file_sep> 2"})
     assert is_plain_text(trace.completion)
-    (run / "traces.jsonl").write_bytes(encode([trace]))
+    write_passed(run, [trace])
     with pytest.raises(RefusedError) as refusal:
         sim.contribute("site-a")
     assert refusal.value.code == "TRACES_CONTROL_TOKENS"
-    made = contribute(sim.sites["site-a"].folder, "clock", sim.sites["site-a"].signer, sim.federation, sim.now)
+    site = sim.sites["site-a"]
+    made = contribute(site.folder, "clock", site.signer, sim.federation, sim.now, traces=True)
     assert code(sim.receive(made[1].path)) == "TRACES_CONTROL_TOKENS"
+
+
+@pytest.mark.parametrize(
+    "change", [{"completion": "Answer: 99:99"}, {"generator": "no-such"}, {"task": "numeric"}, {"config": {"x": 1}}]
+)
+def test_traces_are_made_again_and_one_that_does_not_hold_refuses_them(
+    sim: FederationSim, change: dict[str, Any]
+) -> None:
+    right = make_traces(4)
+    write_passed(sim.sites["site-a"].folder / "runs" / "clock", [*right[:3], right[3].model_copy(update=change)])
+    (receipt,) = sim.receive(sim.contribute("site-a")[1].path)
+    assert code([receipt]) == "TRACES_UNVERIFIED" and receipt.refusal and "line 4" in receipt.refusal.what
+    write_passed(sim.sites["site-a"].folder / "runs" / "clock", right)
+    assert sim.receive(sim.contribute("site-a")[1].path)[0].outcome == "admitted"
+
+
+def test_a_generator_that_is_not_installed_here_refuses_the_traces_and_stops_nothing_else(
+    sim: FederationSim, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def missing(trace: Trace) -> None:
+        raise MissingError("PACKAGE_MISSING", "problems of reasoning-gym need a package that is not installed")
+
+    monkeypatch.setattr(intake, "rederive", missing)
+    traces, adapter = sim.receive(*(each.path for each in sim.contribute("site-a")[::-1]))
+    assert code([traces]) == "TRACES_UNVERIFIED" and adapter.outcome == "admitted"
 
 
 def test_ordinary_traces_pass_on_such_a_base(base_with_tokens: FederationSim) -> None:

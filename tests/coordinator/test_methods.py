@@ -19,6 +19,7 @@ from fedcompose_coordinator.compose import compose
 from fedcompose_coordinator.config import Compose
 from fedcompose_coordinator.lessons import Lesson
 from fedcompose_coordinator.methods import METHODS, recipe
+from tests.coordinator.letters import with_gates
 
 SMALL = {"steps": 2, "batch": 4, "selections": 2}
 DRAWS = ("gumbel", "remix", "lorahub", "dare")  # whatever uses random numbers
@@ -31,6 +32,8 @@ def _make(
     if method == "lorahub":
         pytest.importorskip("nevergrad")
     router = {"top_k": 1} if method == "remix" else None  # of two experts it would always take both
+    if method == "phatgoose-sites":
+        contributions = [with_gates(each, out.parent / each.path.name) for each in contributions]
     return compose(contributions, lessons, base, recipe(method, SMALL, router), 0, out)
 
 

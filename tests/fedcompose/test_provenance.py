@@ -13,15 +13,21 @@ from fedcompose.errors import RefusedError
 from fedcompose.files import dump_json
 from fedcompose.ledger import Head
 from fedcompose.provenance import (
+    AuditNumbers,
+    AuditStatement,
     BaseReference,
     CallReference,
+    DpPhase,
+    DpStatement,
     Ingredient,
     LoraSummary,
     Provenance,
     ReleaseProvenance,
+    SiteLimits,
     TraceSummary,
     build_provenance,
     build_release_provenance,
+    check_limits,
     parse_provenance,
     parse_release_provenance,
 )
@@ -40,6 +46,21 @@ SHARED: dict[str, Any] = {
 }
 SITE: dict[str, Any] = {**SHARED, "site": "site-a", "domain": "clock", "sequence": 12, "expires": NOW}
 ADAPTER = Provenance(kind="adapter", lora=LoraSummary(r=8, alpha=16, targets=("up_proj",)), **SITE)
+DP = DpStatement(
+    epsilon=7.9, delta=1e-5, unit="prompt", neighbours="add-or-remove-one", trust_model="central",
+    mechanism="clipped-gaussian", sampler="poisson", accountant="prv", noise_multiplier=0.6, clip_norm=0.1, units=1200,
+    phases=(DpPhase(name="reinforcement", batch=8, steps=36),), uncounted=("choice-of-settings", "other-runs"),
+)  # fmt: skip
+NUMBERS = AuditNumbers(
+    canaries=300, rewarded=0.9, auc=0.5, auc_high=0.57, tpr_high=0.04, power_auc=0.99, epsilon_low=0.0, epsilon_cap=4.1
+)
+PRIVATE = ADAPTER.model_copy(
+    update={
+        "dp": DP,
+        "audit": AuditStatement(verdict="pass", target="twin", numbers=NUMBERS),
+        "limits": SiteLimits(require_audit="pass", max_epsilon=8.0),
+    }
+)
 TRACES = Provenance(
     kind="traces",
     traces=TraceSummary(classes={"B": 40}, declared_non_private=False),
@@ -74,10 +95,51 @@ def refused(parse: Callable[[bytes], object], document: Any) -> str:
     return refusal.value.code
 
 
-@pytest.mark.parametrize("claims", [ADAPTER, TRACES], ids=["adapter", "traces"])
+@pytest.mark.parametrize("claims", [ADAPTER, PRIVATE, TRACES], ids=["adapter", "private", "traces"])
 def test_claims_survive_the_statement(claims: Provenance) -> None:
     assert parse_provenance(dump_json(build_provenance(claims))) == claims
     assert parse_release_provenance(dump_json(build_release_provenance(RELEASE))) == RELEASE
+
+
+def test_what_is_not_claimed_is_not_in_the_statement() -> None:
+    parameters = build_provenance(ADAPTER)["predicate"]["buildDefinition"]["externalParameters"]
+    assert not {"dp", "audit", "limits"} & parameters.keys()
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        ("dp/epsilon", 0), ("dp/epsilon", "8"), ("dp/unit", "row"), ("dp/note", "x"), ("dp/uncounted", ["none"]),
+        ("dp/phases", []), ("dp/sampler", "shuffled"), ("audit/verdict", "good"), ("audit/numbers/seed", 7),
+        ("audit/numbers/auc", 1.5), ("limits/requireAudit", "maybe"),
+    ],
+)  # fmt: skip
+def test_privacy_claims_have_room_for_nothing_else(path: str, value: object) -> None:
+    statement = build_provenance(PRIVATE)
+    assert refused(parse_provenance, changed(statement, f"{PARAMETERS}/{path}", value)) == "PROVENANCE_INVALID"
+
+
+@pytest.mark.parametrize(
+    ("dp", "verdict", "limits", "code"),
+    [
+        (None, "warn", {"require_audit": "pass"}, "AUDIT_BELOW_LIMIT"),
+        (None, "inconclusive", {"require_audit": "warn"}, "AUDIT_BELOW_LIMIT"),
+        (None, None, {"require_audit": "warn"}, "AUDIT_BELOW_LIMIT"),
+        (None, "pass", {"require_audit": "none", "max_epsilon": 8.0}, "EPSILON_ABOVE_LIMIT"),
+        (DP, "pass", {"require_audit": "pass", "max_epsilon": 7.0}, "EPSILON_ABOVE_LIMIT"),
+        (DP, "pass", {"require_audit": "pass", "max_epsilon": 8.0}, None),
+        (None, "warn", {"require_audit": "warn"}, None),
+        (None, None, {"require_audit": "none"}, None),
+    ],
+)
+def test_a_sites_own_limits(dp: DpStatement | None, verdict: Any, limits: dict[str, Any], code: str | None) -> None:
+    audit = AuditStatement(verdict=verdict, target="twin") if verdict else None
+    if code is None:
+        check_limits(dp, audit, SiteLimits(**limits))
+        return
+    with pytest.raises(RefusedError) as refusal:
+        check_limits(dp, audit, SiteLimits(**limits))
+    assert refusal.value.code == code
 
 
 def test_the_statement_is_in_toto_and_slsa_to_the_letter() -> None:
@@ -140,8 +202,8 @@ def unspecified(document: Any, path: str = "") -> list[str]:
 
 @pytest.mark.parametrize(
     "statement",
-    [build_provenance(ADAPTER), build_provenance(TRACES), build_release_provenance(RELEASE)],
-    ids=["adapter", "traces", "release"],
+    [build_provenance(ADAPTER), build_provenance(PRIVATE), build_provenance(TRACES), build_release_provenance(RELEASE)],
+    ids=["adapter", "private", "traces", "release"],
 )
 def test_has_no_field_that_in_toto_and_slsa_do_not_have(statement: dict[str, Any]) -> None:
     assert unspecified(statement) == []

@@ -398,6 +398,7 @@ def test_every_code_that_verifying_raises_is_explained() -> None:
         "federation",
         "files",
         "folder",
+        "gates",
         "provenance",
         "release",
         "revocations",

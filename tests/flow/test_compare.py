@@ -11,8 +11,9 @@ from typer.testing import CliRunner
 from fedcompose.cli import app
 from fedcompose.files import write_atomic
 from fedcompose.tasks import generator_task, get_task, training
-from fedcompose.traces import Trace, encode
+from fedcompose.traces import Trace
 from fedcompose.trust_state import trusted_federation
+from fedcompose_client.firewall import write_passed
 from tests.federation_sim import FederationSim
 
 GENERATORS = {"site-a": "clock", "site-b": "logic"}
@@ -50,7 +51,7 @@ def home(sim: FederationSim) -> Path:
                   seed=example.origin.seed, completion=task.target(example))
             for example in training(GENERATORS[site_id], {}, 12) if example.origin
         ]  # fmt: skip
-        write_atomic(site.folder / "runs" / site.domain / "traces.jsonl", encode(traces))
+        write_passed(site.folder / "runs" / site.domain, traces)
         sim.contribute(site_id)
     sim.receive()
     trusted_federation(sim.envelope, [sim.root.keyid], sim.now)

@@ -32,6 +32,7 @@ from fedcompose.drafts import create_federation, enrol
 from fedcompose.errors import FedcomposeError
 from fedcompose.federation import FEDERATION_TYPE, verify_federation
 from fedcompose.files import parse_json
+from fedcompose.gates import read_gates, write_gates
 from fedcompose.keys import ENROLMENT_TYPE, load_signer, new_key, read_enrolment
 from fedcompose.provenance import (
     BaseReference,
@@ -158,6 +159,7 @@ def targets(folder: Path) -> dict[str, Target]:
         "configuration": Target("json", config, _read_config),
         "weights": Target("safetensors", tensors, lambda data: _read_weights(config, data)),
         "router": Target("safetensors", tensors, _read_tensors),
+        "gates": Target("safetensors", write_gates({MODULE: np.ones(4, dtype="<f4")}), _read_gates),
         "traces": Target("lines", encode(_traces()), _read_traces),
         "ledger": Target("lines", _ledger(folder / "seed.jsonl"), read_ledger),
         "public key": Target("bytes", site.public_pem, _read_key),
@@ -218,6 +220,13 @@ def _read_tensors(data: bytes) -> object:
     for tensor in found.values():
         assert tensor.float32().shape == tensor.shape and tensor.shape[0] > 0
     return found
+
+
+def _read_gates(data: bytes) -> object:
+    found = read_gates(data, parse_config(json.dumps(CONFIG).encode()), None)
+    again = read_gates(write_gates(found), parse_config(json.dumps(CONFIG).encode()), None)
+    assert all((found[name] == again[name]).all() for name in found | again)
+    return {name: gate.tobytes() for name, gate in found.items()}
 
 
 def _read_traces(data: bytes) -> object:

@@ -13,7 +13,7 @@ from tests.fuzz.targets import Target, targets
 NAMES = (
     "bundle", "statement", "federation file", "federation", "call file", "call", "revocations file", "revocations",
     "enrolment file", "enrolment", "provenance", "release provenance", "composition", "configuration", "weights",
-    "router", "traces", "ledger", "public key", "json",
+    "router", "gates", "traces", "ledger", "public key", "json",
 )  # fmt: skip
 CASES = 150
 

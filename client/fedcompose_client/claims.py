@@ -1,0 +1,59 @@
+"""What a finished run may say about privacy: its differential privacy, its audit, and the site's own limits."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from fedcompose.files import read_json, sha256_file
+from fedcompose.provenance import AuditNumbers, AuditStatement, DpStatement, SiteLimits, check_limits
+from fedcompose_client.config import Privacy
+
+
+def privacy_claims(run: Path, privacy: Privacy) -> dict[str, Any]:
+    """`dp`, `audit` and `limits` of the provenance of the run's adapter; the limits hold.
+
+    Raises: RefusedError: `AUDIT_BELOW_LIMIT`, `EPSILON_ABOVE_LIMIT`.
+    """
+    dp, audit = dp_statement(run), audit_statement(run, privacy.audit_numbers)
+    asked = privacy.require_audit != "none" or privacy.max_epsilon is not None
+    limits = SiteLimits(require_audit=privacy.require_audit, max_epsilon=privacy.max_epsilon) if asked else None
+    check_limits(dp, audit, limits)
+    return {"dp": dp, "audit": audit, "limits": limits}
+
+
+def dp_statement(run: Path) -> DpStatement | None:
+    path = run / "result.json"
+    found = read_json(path).get("dp") if path.is_file() else None
+    return DpStatement.model_validate_json(json.dumps(found)) if found else None
+
+
+def audit_statement(run: Path, numbers: bool) -> AuditStatement | None:
+    """How the audit of the adapter that is in `run` now ended; None if it has not been audited."""
+    path = run / "audit" / "audit.json"
+    result = read_json(path) if path.is_file() else None
+    if result is None or result["made_from"] != run_digest(run):
+        return None
+    return AuditStatement(verdict=result["verdict"], target="twin", numbers=_numbers(result) if numbers else None)
+
+
+def run_digest(run: Path) -> str:
+    """What the adapter of a run was made from; an audit is of that and of nothing else."""
+    return sha256_file(run / "settings.json")
+
+
+def _numbers(result: Mapping[str, Any]) -> AuditNumbers:
+    attack, twin = result["attack"], result["twin"]
+    found = twin["attacks"][attack]
+    return AuditNumbers(
+        canaries=result["canaries"],
+        rewarded=round(twin["rewarded"], 2),
+        auc=round(found["auc"]["value"], 3),
+        auc_high=round(found["auc"]["high"], 3),
+        tpr_high=round(found["tpr_0.01"]["high"], 3) if found["tpr_0.01"] else 1.0,
+        power_auc=round(result["overfitted"]["attacks"][attack]["auc"]["value"], 3),
+        epsilon_low=round(result["epsilon"]["low"], 2),
+        epsilon_cap=round(result["epsilon"]["cap"], 2),
+    )

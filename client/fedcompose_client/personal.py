@@ -1,0 +1,173 @@
+"""What in a text names or reaches a person, or opens a door: identifiers that the site knows, patterns, secrets.
+
+The surest is the site's own dictionary: every value of its declared identifier columns, compared without case, accents,
+spaces and punctuation. Patterns find the rest as far as they have a form; a name that no column lists is not found.
+Two libraries look further where the extra `pii` is installed and site.toml asks for them. Nothing here uses a network.
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from typing import Any
+
+from fedcompose.errors import MissingError
+from fedcompose_client.overlap import words
+
+MIN_IDENTIFIER_CHARS = 4  # letters and digits; what is shorter stands in any text
+MIN_PART_CHARS = 4  # of a word of an identifier that is looked for by itself
+MIN_SCORE = 0.4  # of presidio's; it is certain at 1, where a form has a check that holds
+MAX_PERMUTED_WORDS = 3  # names are also looked for in another order of their words
+
+_CARD = re.compile(r"(?<![\d.])[2-6]\d{3}(?:[ -]?\d){9,15}(?![\d.])")
+_IBAN = re.compile(r"\b[A-Z]{2}\d{2}(?: ?[A-Z0-9]){11,30}\b")
+_BLOCKED = {
+    "email": re.compile(r"\b[\w.+-]+@[\w-]+(?:\.[\w-]+)+\b"),
+    "ssn": re.compile(r"(?<![\d-])(?!000|666|9)\d{3}-(?!00)\d{2}-(?!0000)\d{4}(?![\d-])"),
+    "secret": re.compile(
+        r"-----BEGIN [A-Z ]*PRIVATE KEY|\b(?:AKIA|ASIA)[A-Z0-9]{16}\b|\bgh[pousr]_\w{36}|\bglpat-[\w-]{20}|"
+        r"\bxox[abprs]-[\w-]{10}|\bsk-[\w-]{20}|\bAIza[\w-]{35}|\beyJ[\w-]{10,}\.eyJ[\w-]{10,}\.|://[^\s/:@]+:[^\s/@]+@"
+    ),
+}
+_DOUBTFUL = {
+    "phone": re.compile(
+        r"(?<![\d)])(?<![\d)] )\+\d{1,3}(?:[ .-]?\(?\d{2,4}\)?){2,5}"
+        r"|\(\d{3}\) ?\d{3}[ .-]\d{4}|(?<![\d-])\d{3}[.-]\d{3}[.-]\d{4}\b"
+    ),
+    "date": re.compile(r"\b(?:19|20)\d\d-\d\d?-\d\d?\b|\b\d\d?[./-]\d\d?[./-](?:19|20)\d\d\b"),
+    "url": re.compile(r"\bhttps?://|\bwww\."),
+    "address": re.compile(r"(?<![\d.])(?:\d{1,3}\.){3}\d{1,3}(?![\d.])"),
+}
+
+
+class Identifiers:
+    """The values of the identifier columns, to look for in texts."""
+
+    def __init__(self, values: Iterable[str]) -> None:
+        self.spelled = {spelling for value in values for spelling in _spellings(words(value))}
+        self._lengths = sorted({len(spelling) for spelling in self.spelled})
+        self.too_short = 0
+        self.parts: set[str] = set()
+
+    @classmethod
+    def of(cls, values: Iterable[str], public: Collection[str]) -> Identifiers:
+        """All values, and of those with several words also each word that is not in the `public` vocabulary."""
+        distinct = set(values)
+        made = cls(distinct)
+        split = [words(value) for value in distinct]
+        made.too_short = sum(0 < len("".join(each)) < MIN_IDENTIFIER_CHARS for each in split)
+        made.parts = {
+            word for each in split if len(each) > 1 for word in each
+            if len(word) >= MIN_PART_CHARS and not word.isdigit() and word not in public
+        }  # fmt: skip
+        return made
+
+    def names(self, text: str) -> bool:
+        """Whether a whole identifier stands in the text, however it is spaced and punctuated."""
+        found = words(text)
+        ends = set(itertools.accumulate(map(len, found)))
+        joined, start = "".join(found), 0
+        for word in found:
+            for length in self._lengths:
+                if start + length in ends and joined[start : start + length] in self.spelled:
+                    return True
+            start += len(word)
+        return False
+
+    def mentions(self, text: str) -> bool:
+        """Whether a word of an identifier stands in the text."""
+        return not self.parts.isdisjoint(words(text))
+
+
+def blocked_patterns(text: str) -> Iterator[str]:
+    """The names of the patterns in the text that nothing public has."""
+    yield from (name for name, pattern in _BLOCKED.items() if pattern.search(text))
+    if any(_passes_luhn(match[0]) for match in _CARD.finditer(text)):
+        yield "card"
+    if any(_passes_mod_97(match[0]) for match in _IBAN.finditer(text)):
+        yield "iban"
+
+
+def doubtful_patterns(text: str) -> Iterator[str]:
+    """The names of the patterns in the text that a person should look at."""
+    yield from (name for name, pattern in _DOUBTFUL.items() if pattern.search(text))
+
+
+Scanner = Callable[[str], Mapping[str, bool]]  # what was found, and whether it is certain
+
+
+def presidio() -> Scanner:
+    """Presidio's recognizers without a language model: forms and checksums, no names.
+
+    Raises: MissingError: `PACKAGE_MISSING`.
+    """
+    try:
+        import tldextract.tldextract
+        from presidio_analyzer import AnalyzerEngine
+        from presidio_analyzer.nlp_engine import NoOpNlpEngine
+    except ImportError as error:
+        raise _missing("presidio") from error
+    # Its check of mail addresses would fetch the list of public suffixes; the one in the package will do.
+    tldextract.tldextract.TLD_EXTRACTOR = tldextract.TLDExtract(suffix_list_urls=(), cache_dir=None)
+    engine = NoOpNlpEngine(models=[{"lang_code": "en", "model_name": "none"}])
+    analyzer = AnalyzerEngine(nlp_engine=engine, supported_languages=["en"])
+    entities = [each for each in analyzer.get_supported_entities("en") if each not in _GUESSES]
+
+    def scan(text: str) -> dict[str, bool]:
+        found = sorted((each.entity_type.lower(), each.score) for each in analyzer.analyze(text, "en", entities))
+        return {name: score == 1 for name, score in found if score >= MIN_SCORE}
+
+    return scan
+
+
+def detect_secrets() -> Scanner:
+    """detect-secrets' plugins that know a secret by its form, without those that guess by entropy.
+
+    Raises: MissingError: `PACKAGE_MISSING`.
+    """
+    try:
+        from detect_secrets.core.plugins.util import get_mapping_from_secret_type_to_class
+    except ImportError as error:
+        raise _missing("detect-secrets") from error
+    classes = get_mapping_from_secret_type_to_class().values()
+    plugins = [each() for each in classes if not any(guess in each.__name__ for guess in _GUESSING_PLUGINS)]
+
+    def scan(text: str) -> dict[str, bool]:
+        return {each.secret_type: True for each in plugins for line in text.splitlines() if _finds(each, line)}
+
+    return scan
+
+
+SCANNERS: dict[str, Callable[[], Scanner]] = {"presidio": presidio, "detect-secrets": detect_secrets}
+# Entities that plain numbers of a calculation are taken for.
+_GUESSING_PLUGINS = ("Entropy", "Keyword", "IPPublic")
+_GUESSES = frozenset({"DATE_TIME", "US_BANK_NUMBER", "US_DRIVER_LICENSE", "PHONE_NUMBER", "US_PASSPORT", "US_ITIN"})
+
+
+def _finds(plugin: Any, line: str) -> bool:
+    return any(True for _ in plugin.analyze_string(line))
+
+
+def _missing(name: str) -> MissingError:
+    return MissingError(
+        "PACKAGE_MISSING", f"site.toml wants traces looked at by {name}, which is not installed",
+        fix="pip install 'fedcompose-client[pii]', or drop it from the domain's scanners",
+    )  # fmt: skip
+
+
+def _spellings(value: list[str]) -> Iterator[str]:
+    """The value without spaces, in every order of its words if they are few."""
+    if len("".join(value)) >= MIN_IDENTIFIER_CHARS:
+        orders = itertools.permutations(value) if len(value) <= MAX_PERMUTED_WORDS else [tuple(value)]
+        yield from map("".join, orders)
+
+
+def _passes_luhn(text: str) -> bool:
+    digits = [int(each) for each in text if each.isdigit()][::-1]
+    return (sum(digits[::2]) + sum(sum(divmod(2 * each, 10)) for each in digits[1::2])) % 10 == 0
+
+
+def _passes_mod_97(text: str) -> bool:
+    plain = text.replace(" ", "")
+    return int("".join(str(int(each, 36)) for each in plain[4:] + plain[:4])) % 97 == 1
