@@ -44,7 +44,7 @@ log = logging.getLogger("fedcompose_coordinator.driver")  # also when run as a p
 CLAIM_EVERY_S = 0.5
 DOOR_EVERY_S = 1.0
 # Flower would wait for two hours for a reply that was announced and never came, and all other sites with it.
-PULL_TIMEOUT_S = 60.0
+PULL_TIMEOUT_S = 20.0  # a window that takes longer is asked for again, and smaller
 DOOR_MOVED = 75  # this process's exit status when the SuperLink was started anew
 
 
