@@ -8,6 +8,7 @@ import socket
 import zipfile
 
 from fedcompose.adapter import MAX_WEIGHTS_BYTES
+from fedcompose.files import MAX_JSON_BYTES
 from fedcompose.folder import MAX_ENTRIES
 from tests.attacks.attack import Cases, Contribution, hardlink, symlink, with_file, with_signed_file
 
@@ -107,7 +108,7 @@ FILES: Cases = {
     "fifo": (fifo, "FILE_NOT_REGULAR"),
     "socket-or-device": (unix_socket, "FILE_NOT_REGULAR"),
     "weights-over-the-limit": (huge_weights, "FILE_TOO_LARGE"),
-    "configuration-over-the-limit": (with_signed_file(CONFIG, b"{}" + b" " * (1 << 20)), "FILE_TOO_LARGE"),
+    "configuration-over-the-limit": (with_signed_file(CONFIG, b"{}" + b" " * MAX_JSON_BYTES), "FILE_TOO_LARGE"),
     "readme-over-the-limit": (with_signed_file("README.md", b"x" * (64 << 10) + b"x"), "FILE_TOO_LARGE"),
     "flood-of-files": (a_flood, "FOLDER_TOO_LARGE"),
     "archive": (zipped, "SAFETENSORS_INVALID"),

@@ -10,6 +10,7 @@ from typing import Any
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519, utils
 
+from fedcompose.files import MAX_JSON_BYTES
 from fedcompose.signing import SIGNATURE_FILE, STATEMENT_PAYLOAD_TYPE, sign_envelope
 from tests.attacks.attack import Cases, Change, Contribution, Mutation
 
@@ -167,7 +168,10 @@ COURIER: Cases = {
     "json-byte-order-mark": (raw(b'{"mediaType"', b'\xef\xbb\xbf{"mediaType"'), "SIGNATURE_SHAPE"),
     "json-not-utf8": (raw(b'{"mediaType"', b'{"\xff":1,"mediaType"'), "SIGNATURE_SHAPE"),
     "json-two-documents": (lambda a: a.rewrite(SIGNATURE_FILE, lambda data: data * 2), "SIGNATURE_SHAPE"),
-    "json-too-large": (lambda a: a.rewrite(SIGNATURE_FILE, lambda data: data + b" " * (1 << 20)), "FILE_TOO_LARGE"),
+    "json-too-large": (
+        lambda a: a.rewrite(SIGNATURE_FILE, lambda data: data + b" " * MAX_JSON_BYTES),
+        "FILE_TOO_LARGE",
+    ),
     "base64-junk": (raw(b'"payload":"', b'"payload":"*'), "SIGNATURE_SHAPE"),
     "base64-other-spelling": (raw(b'"payload":"', b'"payload":"\\n'), "SIGNATURE_SHAPE"),
     "signature-p1363": (signature(fixed_width), "SIGNATURE_INVALID"),

@@ -143,7 +143,7 @@ class Rounds(RuleBasedStateMachine):
         if self.now >= self.expires or site in self.suspended or not self.counts(signer.keyid, self.now):
             return None
         there = self.sim.sites[site]
-        found, _ = contribute(there.folder, there.domain, signer, self.federation(), self.now, base=self.sim.base)
+        (found,) = contribute(there.folder, there.domain, signer, self.federation(), self.now, base=self.sim.base)
         copy = self.new_folder()
         shutil.copytree(found.path, copy)
         claims = found.provenance

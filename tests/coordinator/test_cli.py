@@ -25,7 +25,10 @@ from tests.federation_sim import FederationSim
 @pytest.fixture
 def home(sim: FederationSim) -> Path:
     """A coordinator's folder with settings, ready for the commands."""
-    text = fill_template("fedcompose_coordinator", "coordinator.toml", id="hub", base=str(sim.base.path))
+    text = fill_template(
+        "fedcompose_coordinator", "coordinator.toml", id="hub", base=str(sim.base.path), host="127.0.0.1",
+        name="127.0.0.1", port="9443",
+    )  # fmt: skip
     (sim.coordinator_home / "coordinator.toml").write_text(text)
     return sim.coordinator_home
 

@@ -14,6 +14,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from fedcompose.errors import RefusedError
+from fedcompose.files import MAX_JSON_BYTES
 from fedcompose.signing import (
     check_signature,
     keyid_of,
@@ -301,7 +302,7 @@ NOT_ONE_READING = {
     "huge number": BUNDLE.replace(b'"tlogEntries":[]', b'"tlogEntries":' + b"9" * 5000),
     "not UTF-8": BUNDLE + b"\xff",
     "two documents": BUNDLE + BUNDLE,
-    "too large": BUNDLE + b" " * (1 << 20),
+    "too large": BUNDLE + b" " * MAX_JSON_BYTES,
     "text": b'"text"',
     "null": b"null",
 }
