@@ -11,7 +11,7 @@ PROJECTS := pyproject.toml client/pyproject.toml coordinator/pyproject.toml
 export OMP_WAIT_POLICY := PASSIVE
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test check format docs wheels interop fuzz lock clean
+.PHONY: help install demo test federation check format docs wheels interop fuzz lock clean
 
 help:  ## this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## */  make \1\t/' | expand -t 18
@@ -40,6 +40,10 @@ demo: install  ## three sites, one coordinator, a signed release, on this machin
 
 test: install interop  ## all tests (about five minutes)
 	FEDCOMPOSE_INTEROP_PYTHON=$(CURDIR)/$(INTEROP)/bin/python $(BIN)/python -m pytest $(TESTS)
+
+federation: install  ## the slow tests: a first day, hostile parties, kills, with real SuperLinks and SuperNodes
+	$(BIN)/python -m pytest -m slow tests/flow/test_three_organisations.py tests/flow/test_superlink.py \
+	  tests/flow/test_faults.py tests/hostile
 
 check: install  ## lint, format, types, import contracts, and whether the generated docs are fresh
 	$(BIN)/ruff check
