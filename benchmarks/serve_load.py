@@ -139,6 +139,7 @@ async def load(url: str, pid: int, clients: int, minutes: float) -> dict[str, An
             "last": seen[-1]["mb"],
             "most": max(e["mb"] for e in seen),
         },
+        "memory_mb_each_minute": [round(each["mb"]) for each in seen[:: round(60 / EVERY_S)]],
         "most_running": max(each.get("running", 0) for each in seen),
         "most_waiting": max(each.get("waiting", 0) for each in seen),
     }

@@ -52,10 +52,13 @@ def chat(
     from fedcompose.serve.engine import Settings
 
     settings = Settings(model=model, max_tokens=max_tokens)
-    if prompt is not None:
-        _answer_once(engine, prompt, settings, as_json)
-    else:
-        _converse(engine, settings)
+    try:
+        if prompt is not None:
+            _answer_once(engine, prompt, settings, as_json)
+        else:
+            _converse(engine, settings)
+    finally:
+        engine.close()
 
 
 def words(tokens: Iterable[Token]) -> Iterator[tuple[str, str]]:

@@ -11,6 +11,7 @@ not equal: sharing is off. Everything of it that is not public is used in this m
 
 from __future__ import annotations
 
+import atexit
 import itertools
 import logging
 import threading
@@ -28,8 +29,8 @@ from transformers.generation.continuous_batching.requests import GenerationOutpu
 from fedcompose.errors import MissingError
 from fedcompose.model.controls import PinnedRouter
 from fedcompose.model.router import NO_EXPERT, RoutingRecord
-from fedcompose.serve.sampling import choose
-from fedcompose.serve.writing import Writing
+from fedcompose.serve.sampling import Sampling, choose
+from fedcompose.serve.writing import Job, Writing
 
 PAGE_TOKENS = 32  # of a request's cache at a time
 STEP_TOKENS = 512  # in one forward call; a longer prompt is read in parts while others write on
@@ -49,33 +50,24 @@ class Worker:
         self._writings: dict[str, Writing] = {}
         self._lock = threading.Lock()
         self._numbers = itertools.count()
-        self._scope = ExitStack()
         self._record = RoutingRecord()
-        if router is not None:
-            self._scope.enter_context(model.routing.using(router))
-            self._record = self._scope.enter_context(model.routing.recording())
         self.on_step: Callable[[int], object] | None = None
-        self._manager = model.init_continuous_batching(
-            generation_config=GenerationConfig(do_sample=False, max_new_tokens=1, eos_token_id=-1),
-            continuous_batching_config=ContinuousBatchingConfig(
-                page_size=PAGE_TOKENS,
-                num_blocks=_pages(model, context),
-                max_batch_tokens=STEP_TOKENS,
-                max_requests_per_batch=MAX_TOGETHER,
-                safety_margin=RESERVE,
-                allow_block_sharing=False,
-                use_async_batching=False,
-                use_cuda_graph=False,
-                auto_switch_to_flash=False,
-            ),
-        )
-        self._manager.output_router = _Deaths(self._lost)
-        self._manager.warmup()  # makes the processor; there is nothing to warm up without graphs
-        self._processor = self._manager.batch_processor
-        self._processor.model_runner._sample = self._sample
-        self._hook = model.register_forward_pre_hook(self._before)
-        self.capacity = int(self._processor.cache.num_blocks) * PAGE_TOKENS - PAGE_TOKENS
-        self._manager.start()
+        with ExitStack() as scope:
+            if router is not None:
+                scope.enter_context(model.routing.using(router))
+                self._record = scope.enter_context(model.routing.recording())
+            self._manager = _manager(model, context)
+            self._manager.output_router = _Deaths(self._lost)
+            self._manager.warmup()  # makes the processor; there is nothing to warm up without graphs
+            self._processor = self._manager.batch_processor
+            self._processor.model_runner._sample = self._sample
+            self.capacity = int(self._processor.cache.num_blocks) * PAGE_TOKENS - PAGE_TOKENS
+            scope.callback(model.register_forward_pre_hook(self._before).remove)
+            self._start()
+            scope.callback(self._manager.stop, block=True, hard_stop=True)
+            scope.callback(atexit.unregister, self.close)
+            self._prove()
+            self._scope = scope.pop_all()
 
     @property
     def alive(self) -> bool:
@@ -116,9 +108,25 @@ class Worker:
     def close(self) -> None:
         """End all answers, then the thread."""
         self.cancel_all()
-        self._manager.stop(block=True, hard_stop=True)
-        self._hook.remove()
         self._scope.close()
+
+    def _start(self) -> None:
+        """As the manager's own `start`, whose thread would keep a process that forgot to close it from ending."""
+        self._manager.background_thread_status.clear()
+        thread = threading.Thread(target=self._manager._run_generation_loop, name="engine", daemon=True)
+        self._manager._generation_thread = thread
+        thread.start()
+        atexit.register(self.close)
+
+    def _prove(self) -> None:
+        """Write one token: not every model can be run in this way, and some say so only then.
+
+        Raises: MissingError: `ENGINE_DEAD`.
+        """
+        wish = None if self._router is None else (NO_EXPERT,) * len(self._model.routing.points)
+        probe = Writing(Job([0, 0], 1, Sampling(), (), wish), (), frozenset(), lambda tokens: "", None)
+        self.submit(probe)
+        probe.answer.result()
 
     def _forget(self, name: str) -> None:
         """An answer has ended, by itself or early: its pages are free again from the next step on."""
@@ -190,6 +198,23 @@ class _Deaths(OutputRouter):
     def deliver_batch(self, outputs: list[GenerationOutput]) -> None:
         for output in outputs:
             self.deliver(output)
+
+
+def _manager(model: Any, context: int) -> Any:
+    return model.init_continuous_batching(
+        generation_config=GenerationConfig(do_sample=False, max_new_tokens=1, eos_token_id=-1),
+        continuous_batching_config=ContinuousBatchingConfig(
+            page_size=PAGE_TOKENS,
+            num_blocks=_pages(model, context),
+            max_batch_tokens=STEP_TOKENS,
+            max_requests_per_batch=MAX_TOGETHER,
+            safety_margin=RESERVE,
+            allow_block_sharing=False,
+            use_async_batching=False,
+            use_cuda_graph=False,
+            auto_switch_to_flash=False,
+        ),
+    )
 
 
 def engine_dead() -> MissingError:

@@ -22,7 +22,7 @@ import torch
 from jinja2 import TemplateError
 
 from fedcompose.bases import Base, resolve_base
-from fedcompose.errors import ConfigError, RefusedError
+from fedcompose.errors import ConfigError, MissingError, RefusedError
 from fedcompose.model.composed import load_release, prove_alive
 from fedcompose.model.controls import MaskedScorer, PinnedRouter
 from fedcompose.model.learned import PromptRouter, Router
@@ -209,7 +209,7 @@ class Engine:
         if self._together:
             try:
                 worker = batching.Worker(model, router, self._window)
-            except (ValueError, TypeError, AttributeError, NotImplementedError, KeyError) as error:
+            except (MissingError, ValueError, TypeError, AttributeError, NotImplementedError, KeyError) as error:
                 log.warning("this model answers one request at a time: %s", type(error).__name__)
         worker = worker or sequential.Worker(model, router, self._window)
         worker.on_step = self._told_step

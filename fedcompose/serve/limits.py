@@ -27,6 +27,7 @@ from fedcompose.files import read_limited
 
 MAX_BODY_BYTES = 4 << 20  # a prompt of a million characters, in UTF-8
 MAX_IN_FLIGHT = 128  # answers that are written or waited for; more would only wait longer
+LINGER_BYTES = 16 << 20  # of a body that is too large, to be read before it is refused
 BODY_SECONDS = 30.0  # for a body to arrive in full
 STALLED_SECONDS = 60.0  # a reader who takes nothing for so long has gone
 BUSY_SECONDS = 2  # after which to come again when there is no room
@@ -224,7 +225,7 @@ class Gate:
 
     async def _body(self, length: str, receive: Receive) -> bytes:
         """The whole body, if it is small enough and comes in time."""
-        if length.isdigit() and (len(length) > 15 or int(length) > self.door.max_body):
+        if length.isdigit() and (len(length) > 15 or int(length) > self.door.max_body + LINGER_BYTES):
             raise self._too_large()
         try:
             async with asyncio.timeout(BODY_SECONDS):
@@ -233,17 +234,22 @@ class Gate:
             raise TurnedAwayError(408, "body_timeout", "the body did not arrive in time") from None
 
     async def _read(self, receive: Receive) -> bytes:
+        """A body that is a little too large is read to its end and dropped: only then do senders hear the refusal."""
         parts: list[bytes] = []
         size, more = 0, True
-        while more:
+        while more and size <= self.door.max_body + LINGER_BYTES:
             message = await receive()
             if message["type"] == "http.disconnect":
                 raise _GoneError
-            size += len(message.get("body", b""))
-            if size > self.door.max_body:
-                raise self._too_large()
-            parts.append(message.get("body", b""))
+            piece = message.get("body", b"")
+            size += len(piece)
+            if size <= self.door.max_body:
+                parts.append(piece)
+            else:
+                parts.clear()
             more = message.get("more_body", False)
+        if size > self.door.max_body:
+            raise self._too_large()
         return b"".join(parts)
 
     def _too_large(self) -> TurnedAwayError:

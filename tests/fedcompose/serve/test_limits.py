@@ -114,13 +114,21 @@ def test_a_file_of_keys_that_is_unclear_or_open_is_refused_without_quoting_it(
     assert KEY not in caught.value.diagnostics()
 
 
-def test_a_body_too_large_is_refused_by_what_it_says_and_by_what_comes() -> None:
+def test_a_body_too_large_is_refused_by_what_it_says_and_by_what_comes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(limits, "LINGER_BYTES", 20)
     door = Door(max_body=10)
     assert ask(door, pieces(b"1" * 10))[2] == b"10"
-    assert ask(door, pieces(b"1"), content_length="11")[0] == 413
+    assert ask(door, pieces(b"1"), content_length="31")[0] == 413
     assert ask(door, pieces(b"1"), content_length="9" * 5000)[0] == 413
     status, _, body = ask(door, pieces(b"1" * 6, b"1" * 5, b"1" * 1000), content_length="6")
     assert (status, json.loads(body)["error"]["code"]) == (413, "body_too_large")
+    rest = pieces(b"1" * 6, b"1" * 5, b"1" * 5)
+    unread = iter(rest)
+    assert ask(door, unread, content_length="16")[0] == 413  # type: ignore[arg-type]
+    assert next(unread, None) is None, "whoever is still sending would not hear the refusal"
+    endless = iter(pieces(*[b"1" * 5] * 100))
+    assert ask(door, endless)[0] == 413  # type: ignore[arg-type]
+    assert len(list(endless)) > 90
     assert door.in_flight == 0
 
 

@@ -12,7 +12,7 @@ import torch
 
 from fedcompose.errors import ConfigError, MissingError, RefusedError
 from fedcompose.release import VerifiedRelease
-from fedcompose.serve import batching
+from fedcompose.serve import batching, sequential
 from fedcompose.serve.engine import Engine, Pin, Settings
 from fedcompose.serve.writing import Answer
 from tests.federation_sim import FederationSim
@@ -191,5 +191,22 @@ def test_an_engine_that_died_says_so(release: VerifiedRelease, talking_sim: Fede
         assert not engine.alive
         with pytest.raises(MissingError):
             ask(engine, "Hello", Settings())
+    finally:
+        engine.close()
+
+
+def test_a_model_that_cannot_be_answered_together_is_answered_one_at_a_time(
+    release: VerifiedRelease, talking_sim: FederationSim, alone: list[Said], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Found out at the start, by a token, and not by whoever asks first."""
+
+    def fail(*_: Any) -> None:
+        raise RuntimeError("this attention does not read pages")
+
+    monkeypatch.setattr(batching.Worker, "_sample", fail)
+    engine = Engine(release, talking_sim.base, torch.float32)
+    try:
+        assert isinstance(engine._worker, sequential.Worker)
+        assert said(ask(engine, *REQUESTS[0])) == alone[0]
     finally:
         engine.close()
