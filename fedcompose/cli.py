@@ -23,7 +23,7 @@ from fedcompose.supervision import follow_parent
 
 DEBUG = "FEDCOMPOSE_DEBUG"
 ROLES = ("client", "coordinator")
-COMMANDS = ("base", "keys", "federation", "verify", "serve", "chat", "demo", "doctor")
+COMMANDS = ("base", "keys", "federation", "verify", "receipts", "serve", "chat", "export", "bench", "demo", "doctor")
 
 # Waiting OpenMP threads must not spin: several processes share the cores (three sites on one laptop, a server beside a
 # trainer). It has to be set before torch is imported. Nothing is ever looked up on a hub at run time.

@@ -75,6 +75,14 @@ EXPLANATIONS: Mapping[str, str] = {
     "REVOCATIONS_FORK": "There are two different revocation lists with one number. Ask a root for a list with all of "
     "both.",
     "REVOCATIONS_INVALID": "This is no revocation list that this version can read.",
+    "RECEIPT_INVALID": "The server's signature is genuine, but what it signed is no receipt that adds up; or the file "
+    "holds no receipt, or several.",
+    "RECEIPT_OTHER_ANSWER": "The receipt is genuine and belongs to other words. Somebody changed the answer, or put a "
+    "receipt beside an answer that it was not made for.",
+    "RECEIPT_OTHER_RELEASE": "The answer was written with another release than the one at hand.",
+    "EXPERT_DEAD": "A site's expert was loaded and changes nothing that the model says, or breaks it. Its share of the "
+    "answers would be an invention, so nothing is answered.",
+    "EXPERT_UNMASKABLE": "Sites were withdrawn whose experts this release cannot do without. A new release is needed.",
     "RELEASE_WITHDRAWN": "A root of the federation has withdrawn this very release and asks that nobody use it. Its "
     "signatures are genuine; something else is wrong with it.",
     # --- time ---

@@ -17,7 +17,8 @@ from fedcompose.errors import ConfigError
 from fedcompose.release import ReceivedRelease, VerifiedRelease, verify_for_use
 
 if TYPE_CHECKING:  # torch takes seconds to import
-    from fedcompose.serve.engine import Answer, Engine, Settings, Token
+    from fedcompose.serve.engine import Engine, Settings
+    from fedcompose.serve.writing import Answer, Token
 
 # Okabe and Ito's colours, which colour-blind people can tell apart; those first that show on black and on white.
 # Source: https://jfly.uni-koeln.de/color/
@@ -51,10 +52,13 @@ def chat(
     from fedcompose.serve.engine import Settings
 
     settings = Settings(model=model, max_tokens=max_tokens)
-    if prompt is not None:
-        _answer_once(engine, prompt, settings, as_json)
-    else:
-        _converse(engine, settings)
+    try:
+        if prompt is not None:
+            _answer_once(engine, prompt, settings, as_json)
+        else:
+            _converse(engine, settings)
+    finally:
+        engine.close()
 
 
 def words(tokens: Iterable[Token]) -> Iterator[tuple[str, str]]:
@@ -84,7 +88,7 @@ def _answer_once(engine: Engine, prompt: str, settings: Settings, as_json: bool)
         _show_legend(engine.release)
         _answer(engine, messages, settings)
         return
-    from fedcompose.serve.protocol import tokens_json, usage
+    from fedcompose.serve.replies import tokens_json, usage
 
     job = engine.prepare(messages, settings)
     try:
@@ -98,7 +102,7 @@ def _answer_once(engine: Engine, prompt: str, settings: Settings, as_json: bool)
             "finish_reason": answer.finish,
             "tokens": tokens_json(answer.tokens),
             "shares": answer.shares,
-            "usage": usage(answer),
+            "usage": usage([answer]),
         }
     )
 

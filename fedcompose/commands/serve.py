@@ -7,19 +7,23 @@ import socket
 from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from fedcompose.console import err, out
+from fedcompose.bases import cache_dir
+from fedcompose.console import err, out, print_json
 from fedcompose.errors import ConfigError, MissingError
+from fedcompose.keys import load_signer
+from fedcompose.logs import configure
+from fedcompose.receipt import server_key
 from fedcompose.release import ReceivedRelease, VerifiedRelease, cautions, verify_for_use
 
 if TYPE_CHECKING:  # torch takes seconds to import
     from fedcompose.serve.engine import Engine
 
 ADDRESS = "127.0.0.1"
-GRACE_SECONDS = 3  # an answer that is being written when the server is stopped has this long
+DRAIN_SECONDS = 30  # an answer that is being written when the server is stopped has this long
 
 Folder = Annotated[Path, typer.Argument(metavar="DIR", help="The release.")]
 Roots = Annotated[
@@ -42,27 +46,62 @@ def register(app: typer.Typer) -> None:
 def serve(
     folder: Folder,
     port: Annotated[int, typer.Option(min=0, max=65535, help="The port to listen on; 0 takes a free one.")] = 8000,
+    host: Annotated[str, typer.Option(help="The address to listen on; beyond this machine only with keys.")] = ADDRESS,
+    api_key_file: Annotated[
+        Path | None, typer.Option(help="Who may ask: a name and a key on each line; readable by its owner only.")
+    ] = None,
+    requests_per_minute: Annotated[
+        int | None, typer.Option(min=1, help="Of each key; more are told to wait. Without, only room limits them.")
+    ] = None,
+    receipt_key: Annotated[
+        str | None, typer.Option(help="The key that signs receipts; without, one that this machine makes for itself.")
+    ] = None,
+    float32: Annotated[
+        bool, typer.Option("--float32", help="Slower, and no answer depends on who else is being answered.")
+    ] = False,
     root_fingerprint: Roots = None,
     base: BaseRef = None,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="For machines: announce and log as JSON, without anybody's words.")
+    ] = False,
 ) -> None:
-    """Verify a release, load it, and answer as an OpenAI-compatible server on this machine.
+    """Verify a release, load it, and answer as an OpenAI-compatible server.
+
+    SIGHUP judges the release anew, SIGTERM lets the answers under way be finished.
 
     Example: fedcompose serve release
     """
-    release = verify_for_use(ReceivedRelease(folder), root_fingerprint)
-    require_packages("serve", "fastapi", "uvicorn", "torch", "transformers", "peft")
-    import uvicorn
+    from fedcompose.serve.limits import Door, read_api_keys
+    from fedcompose.serve.operations import Judge, check_exposure
 
-    with _listen(port) as listener:
-        engine = load_engine(release, base)
+    door = Door(keys=read_api_keys(api_key_file) if api_key_file else {}, per_minute=requests_per_minute)
+    check_exposure(host, has_keys=bool(door.keys))
+    release = verify_for_use(ReceivedRelease(folder), root_fingerprint)
+    require_packages("serve", "fastapi", "uvicorn", "prometheus_client", "torch", "transformers", "peft")
+    signer = load_signer(receipt_key) if receipt_key else server_key(cache_dir().parent / "server")
+    if as_json:
+        configure("serve")
+    with _listen(host, port) as listener:
+        engine = load_engine(release, base, float32)
         from fedcompose.serve.app import create_app
 
-        _announce(engine, f"http://{ADDRESS}:{listener.getsockname()[1]}")
-        config = uvicorn.Config(
-            create_app(engine), log_level="warning", ws="none", timeout_graceful_shutdown=GRACE_SECONDS
-        )
-        with suppress(KeyboardInterrupt):  # the way to end it
-            uvicorn.Server(config).run(sockets=[listener])
+        listener.listen()  # from now on whoever comes waits, and is not turned away
+        address = f"[{host}]" if ":" in host else host
+        _announce(engine, f"http://{address}:{listener.getsockname()[1]}", as_json)
+        _run(create_app(engine, signer, door, Judge(release, root_fingerprint)), listener, as_json)
+
+
+def _run(app: Any, listener: socket.socket, as_json: bool) -> None:
+    """Until `SIGINT` or `SIGTERM`, and until what is being answered then is finished."""
+    import uvicorn
+
+    from fedcompose.serve.operations import end_quietly_on_terminate
+
+    logged: dict[str, Any] = {"log_config": None} if as_json else {"log_level": "warning"}
+    end_quietly_on_terminate()
+    config = uvicorn.Config(app, ws="none", timeout_graceful_shutdown=DRAIN_SECONDS, access_log=False, **logged)
+    with suppress(KeyboardInterrupt):  # the way to end it
+        uvicorn.Server(config).run(sockets=[listener])
 
 
 def require_packages(extra: str, *packages: str) -> None:
@@ -77,7 +116,7 @@ def require_packages(extra: str, *packages: str) -> None:
         )
 
 
-def load_engine(release: VerifiedRelease, base: str | None) -> Engine:
+def load_engine(release: VerifiedRelease, base: str | None, float32: bool = False) -> Engine:
     """Load a verified release, saying so.
 
     Raises: RefusedError, MissingError: as `fedcompose.model.composed.load_release`.
@@ -89,30 +128,36 @@ def load_engine(release: VerifiedRelease, base: str | None) -> Engine:
     err.print(
         f"Verified. Loading {release.composition['base']['name']} and {len(release.experts)} experts.", markup=False
     )
+    import torch
+
     from fedcompose.serve.engine import Engine
 
-    return Engine(release, base=None if base is None else resolve_base(base))
+    chosen = None if base is None else resolve_base(base)
+    return Engine(release, chosen, torch.float32 if float32 else None)
 
 
-def _listen(port: int) -> socket.socket:
-    """A socket of this machine only. Taken before anything is loaded, so that a used port is known at once."""
-    listener = socket.socket()
+def _listen(host: str, port: int) -> socket.socket:
+    """Taken before anything is loaded, so that a used port is known at once."""
+    listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
-        listener.bind((ADDRESS, port))
+        listener.bind((host, port))
     except OSError as error:
         listener.close()
         raise ConfigError(
             "PORT_UNUSABLE",
-            f"cannot listen on port {port}",
+            f"cannot listen on port {port} of {host!a}",
             got=error.strerror,
-            fix="choose another --port, or 0 for a free one",
+            fix="choose another --port, or 0 for a free one, and a --host of this machine",
         ) from error
     return listener
 
 
-def _announce(engine: Engine, url: str) -> None:
+def _announce(engine: Engine, url: str, as_json: bool) -> None:
     release = engine.release
+    if as_json:
+        print_json({"url": url, "release": release.dir_hash, "models": engine.models})
+        return
     experts = ", ".join(f"{each.site} ({each.domain})" for each in release.experts)
     masked = release.composition.get("masked")
     if masked:

@@ -28,9 +28,10 @@ from fedcompose.adapter import (
 from fedcompose.bases import Base, base_shapes, resolve_base
 from fedcompose.errors import ConfigError, RefusedError
 from fedcompose.files import read_limited
+from fedcompose.model.controls import FixedRouter, NoExpertRouter
 from fedcompose.model.experts import Expert, load_expert, make_expert, read_expert
 from fedcompose.model.learned import parse_router
-from fedcompose.model.lm import load_base
+from fedcompose.model.lm import load_base, prompt_ids
 from fedcompose.model.placement import base_name, check_shape, compose_model, decision_points, linear_of
 from fedcompose.release import ATTENTION_FOLDER as ATTENTION_FOLDER
 from fedcompose.release import MAX_ROUTER_BYTES, ReceivedRelease, VerifiedRelease, verify_for_use
@@ -38,6 +39,7 @@ from fedcompose.release import ROUTER_FILE as ROUTER_FILE
 from fedcompose.routing import RouterConfig
 
 ATTENTION_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj")
+ALIVE_PROBE = "What is 17 + 25? Think step by step."
 _PEFT_NAME = "default"  # PEFT's own name for the only adapter
 
 
@@ -84,6 +86,32 @@ def load_release(
     experts = [read_expert(each, shapes) for each in release.experts]
     config = RouterConfig.model_validate(release.composition["router"])
     return _with_router(model, experts, config, release.read(ROUTER_FILE)), tokenizer
+
+
+def prove_alive(model: Any, tokenizer: Any, names: Sequence[str]) -> None:
+    """Every expert of a composed model moves what the model says, and to finite numbers.
+
+    A LoRA that is loaded wrongly is silent: the model answers as if it were not there.
+
+    Raises: RefusedError: `EXPERT_DEAD`, with the names.
+    """
+    without = _said(model, tokenizer, NoExpertRouter(len(names)))
+    dead = []
+    for row, name in enumerate(names):
+        said = _said(model, tokenizer, FixedRouter(row, len(names)))
+        if torch.equal(said, without) or not said.isfinite().all():
+            dead.append(name)
+    if dead:
+        raise RefusedError("EXPERT_DEAD", "an expert changes nothing, or breaks the model", got=", ".join(dead))
+
+
+@torch.no_grad()
+def _said(model: Any, tokenizer: Any, router: nn.Module) -> Tensor:
+    """The logits at every token of a probe, under another router."""
+    ids = torch.tensor([prompt_ids(tokenizer, ALIVE_PROBE)], device=model.device)
+    with model.routing.using(router):
+        logits: Tensor = model(input_ids=ids).logits
+    return logits
 
 
 def assemble(

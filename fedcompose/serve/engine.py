@@ -1,46 +1,52 @@
-"""The engine: one verified release in memory, one answer at a time.
+"""The engine: one verified release in memory, many answers at once.
 
-A job is a prompt and how to continue it. One worker thread runs the jobs in the order in which they came, so
-that each has the model, and whom it forces to speak, to itself. Tokens are told as they are written, each with
-the experts that wrote it; a job can be cancelled at any token.
+A job is a prompt, how to continue it, and who is forced to speak in it. Jobs of all kinds are written together, token
+by token; each token is told as it is written, with the experts that wrote it, and a job can be cancelled at any time.
+Whom one job forces to speak, no other job notices.
 
-Greedy answers are those of `generate`, and of the evaluation in the release: what a base's own generation
-settings ask for (a repetition penalty, say) is left out.
+Greedy answers are those of `generate`, and of the evaluation in the release: what a base's own generation settings ask
+for (a repetition penalty, say) is left out.
 """
 
 from __future__ import annotations
 
-import secrets
+import logging
 import threading
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Mapping, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from jinja2 import TemplateError
-from torch import Tensor, nn
-from transformers import StoppingCriteria, StoppingCriteriaList
 
 from fedcompose.bases import Base, resolve_base
-from fedcompose.errors import ConfigError
-from fedcompose.model.composed import load_release
-from fedcompose.model.controls import FixedRouter
-from fedcompose.model.learned import PromptRouter
+from fedcompose.errors import ConfigError, MissingError, RefusedError
+from fedcompose.model.composed import load_release, prove_alive
+from fedcompose.model.controls import MaskedScorer, PinnedRouter
+from fedcompose.model.learned import PromptRouter, Router
 from fedcompose.model.lm import load_base
-from fedcompose.model.router import RoutingRecord
+from fedcompose.model.router import NO_EXPERT
 from fedcompose.release import VerifiedRelease
-from fedcompose.serve.text import TextStream
+from fedcompose.serve import batching, sequential
+from fedcompose.serve.sampling import Sampling
+from fedcompose.serve.writing import AUTO, BASE, Answer, Job, Layers, Token, Writing
 
-AUTO = "auto"
-BASE = "base"
 EXPERT_PREFIX = "expert:"
-
 DEFAULT_MAX_TOKENS = 512
-MIN_TEMPERATURE = 1e-3  # below it sampling is greedy anyway, and dividing by it overflows
+
+Worker = batching.Worker | sequential.Worker
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Pin:
+    """An expert that speaks in the layers `first` to `last`, whatever the router says; layers count from 0."""
+
+    expert: str
+    first: int
+    last: int
 
 
 @dataclass(frozen=True)
@@ -53,86 +59,176 @@ class Settings:
     top_p: float = 1.0
     stop: tuple[str, ...] = ()
     seed: int | None = None
+    logprobs: int | None = None
+    force: str | None = None  # this expert everywhere
+    pins: tuple[Pin, ...] = ()
+    choice: int = 0  # which of several answers to one request: with a seed, each is another
 
-
-@dataclass
-class Job:
-    """A prompt that fits the model. `cancel` may be called from any thread, at any time."""
-
-    prompt: list[int]
-    max_tokens: int
-    settings: Settings
-    _cancelled: threading.Event = field(default_factory=threading.Event)
-
-    def cancel(self) -> None:
-        self._cancelled.set()
-
-    @property
-    def cancelled(self) -> bool:
-        return self._cancelled.is_set()
-
-
-@dataclass(frozen=True)
-class Token:
-    """A token's text and the expert that most layers chose for it; `agreement` is the share of these layers.
-
-    `layers` is the choice of each routed layer, a row of the router; without routing there are none, and the
-    expert is `base`.
-    """
-
-    text: str
-    expert: str
-    agreement: float
-    layers: tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class Answer:
-    """A finished job. `shares` is each expert's part of all decisions, by layer and token, in router order."""
-
-    tokens: tuple[Token, ...]
-    finish: Literal["stop", "length", "cancelled"]
-    prompt_tokens: int
-    completion_tokens: int
-    shares: Mapping[str, float]
-
-    @property
-    def text(self) -> str:
-        return "".join(token.text for token in self.tokens)
+    def sampling(self) -> Sampling:
+        return Sampling(self.temperature, self.top_p, self.seed, self.logprobs)
 
 
 class Engine:
-    """A loaded release. `models` are the ids that a job can ask for:
+    """A loaded release whose experts are all proved to speak. `models` are the ids that a job can ask for:
 
-    `auto`, where the router decides; `expert:SITE`, the same model with one expert forced at every token and
-    layer; `base`, the untouched base, loaded when first asked for.
+    `auto`, where the router decides; `expert:SITE`, the same model with one expert forced at every token and layer;
+    `base`, the untouched base, loaded when first asked for.
     """
 
-    def __init__(self, release: VerifiedRelease, base: Base | None = None) -> None:
-        """Load the release, on the base that it names or on the one given.
+    def __init__(
+        self,
+        release: VerifiedRelease,
+        base: Base | None = None,
+        dtype: torch.dtype | None = None,
+        together: bool = True,
+    ) -> None:
+        """Load the release, on the base that it names or on the one given; `together` answers many jobs at once.
 
-        Raises: RefusedError, MissingError: as `load_release`.
+        In float32 an answer is the same whoever else is answered. In the narrower format that a machine may be faster
+        in, `dtype` None, what is computed together is rounded together, and a near tie may fall the other way.
+
+        Raises: RefusedError, MissingError: as `load_release`; RefusedError: `EXPERT_DEAD`.
         """
         self.release = release
         self.experts = tuple(expert.site for expert in release.experts)
-        self.models = (AUTO, *(EXPERT_PREFIX + site for site in self.experts), BASE)
+        self.masked: frozenset[str] = frozenset()
+        self.on_step: Callable[[int], object] | None = None
         self._base = base or resolve_base(release.composition["base"]["name"])
-        self._model, self._tokenizer = load_release(release, base=self._base)
-        self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="engine")
+        self._model, self._tokenizer = load_release(release, dtype, self._base)
+        prove_alive(self._model, self._tokenizer, self.experts)
+        self._chooser = self._model.routing.router
+        self._pinned = PinnedRouter(self._chooser, len(self.experts))
+        self._together = together
+        self._loading = threading.Lock()
+        self._plain: Worker | None = None
+        self._worker = self._work(self._model, self._pinned)
+
+    @property
+    def models(self) -> tuple[str, ...]:
+        speaking = (EXPERT_PREFIX + site for site in self.experts if site not in self.masked)
+        return (AUTO, *speaking, BASE)
+
+    @property
+    def layers(self) -> int:
+        """How many places of the model decide about experts."""
+        return len(self._model.routing.points)
 
     @property
     def context(self) -> int:
         """How many tokens a prompt and its answer may have together."""
-        return int(self._model.config.get_text_config().max_position_embeddings)
+        return min(self._window, self._worker.capacity)
+
+    @property
+    def alive(self) -> bool:
+        """Whether a job that is submitted will be answered."""
+        return self._worker.alive and (self._plain is None or self._plain.alive)
+
+    @property
+    def running(self) -> int:
+        return sum(worker.running for worker in self._workers)
+
+    @property
+    def waiting(self) -> int:
+        return sum(worker.waiting for worker in self._workers)
 
     def prepare(self, messages: Sequence[Mapping[str, str]], settings: Settings) -> Job:
         """A job that continues the conversation `messages`, each a `role` and a `content`.
 
-        Raises: ConfigError: `MODEL_NOT_FOUND`, `MESSAGES_INVALID`, `CONTEXT_LENGTH_EXCEEDED`.
+        Raises: ConfigError: `MODEL_NOT_FOUND`, `MESSAGES_INVALID`, `CONTEXT_LENGTH_EXCEEDED`, `PIN_INVALID`.
         """
-        if settings.model not in self.models:
-            raise ConfigError("MODEL_NOT_FOUND", "there is no such model here", expected=", ".join(self.models))
-        prompt = self._prompt(messages)
+        return self._job(self._conversation(messages), settings)
+
+    def prepare_text(self, prompt: str, settings: Settings) -> Job:
+        """A job that continues a text as it is, without the base's chat template.
+
+        Raises: ConfigError: as `prepare`; `PROMPT_EMPTY`.
+        """
+        tokens = list(self._tokenizer(prompt).input_ids)
+        if not tokens:
+            raise ConfigError("PROMPT_EMPTY", "there is nothing to continue")
+        return self._job(tokens, settings)
+
+    def submit(self, job: Job, on_token: Callable[[Token], object] | None = None) -> Future[Answer]:
+        """Write a job's answer; `on_token` is told each token, in the engine's thread.
+
+        Raises: MissingError: `ENGINE_DEAD`.
+        """
+        writing = Writing(job, self.experts, self.ends, self.decode, on_token)
+        worker = self._base_worker() if job.wish is None else self._worker
+        worker.submit(writing)
+        return writing.answer
+
+    def cancel_all(self) -> None:
+        """End every answer where it is."""
+        for worker in self._workers:
+            worker.cancel_all()
+
+    def mask(self, sites: Collection[str]) -> None:
+        """From now on no router chooses these sites' experts, and nobody can force them; what is written ends here.
+
+        Raises: RefusedError: `EXPERT_UNMASKABLE` where the composition needs every expert, or none would be left.
+        """
+        rows = [row for row, site in enumerate(self.experts) if site in sites]
+        config = self.release.composition["router"]
+        if len(rows) == len(self.experts) or (rows and config["estimator"] == "identity"):
+            raise RefusedError("EXPERT_UNMASKABLE", "this release cannot answer without these experts")
+        if isinstance(self._chooser, PromptRouter | Router):
+            scorer = self._chooser.scorer
+            original = scorer.scorer if isinstance(scorer, MaskedScorer) else scorer
+            self._chooser.scorer = MaskedScorer(original, rows) if rows else original
+        self.masked = frozenset(self.experts[row] for row in rows)
+        self.cancel_all()
+
+    def close(self) -> None:
+        """End all answers and stop."""
+        for worker in self._workers:
+            worker.close()
+
+    def decode(self, tokens: list[int]) -> str:
+        text: str = self._tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        return text
+
+    @cached_property
+    def ends(self) -> frozenset[int]:
+        """The tokens that end an answer."""
+        named = self._model.generation_config.eos_token_id
+        also = named if isinstance(named, list) else [named]
+        return frozenset(token for token in (self._tokenizer.eos_token_id, *also) if token is not None)
+
+    @property
+    def _window(self) -> int:
+        return int(self._model.config.get_text_config().max_position_embeddings)
+
+    @property
+    def _workers(self) -> list[Worker]:
+        return [worker for worker in (self._worker, self._plain) if worker is not None]
+
+    def _work(self, model: Any, router: PinnedRouter | None) -> Worker:
+        """The model's worker: the fast one, if the model is of a kind that it takes."""
+        worker: Worker | None = None
+        if self._together:
+            try:
+                worker = batching.Worker(model, router, self._window)
+            except (MissingError, ValueError, TypeError, AttributeError, NotImplementedError, KeyError) as error:
+                log.warning("this model answers one request at a time: %s", type(error).__name__)
+        worker = worker or sequential.Worker(model, router, self._window)
+        worker.on_step = self._told_step
+        return worker
+
+    def _told_step(self, distinct: int) -> None:
+        if self.on_step is not None:
+            self.on_step(distinct)
+
+    def _base_worker(self) -> Worker:
+        """The base alone. The composed model cannot play it: the attention LoRA is merged into its weights."""
+        with self._loading:
+            if self._plain is None:
+                model, _ = load_base(self._base.path, dtype=self._model.dtype)
+                self._plain = self._work(model, None)
+            return self._plain
+
+    def _job(self, prompt: list[int], settings: Settings) -> Job:
+        wish = self._wish(prompt, settings)
         room = self.context - len(prompt)
         wanted = settings.max_tokens or min(DEFAULT_MAX_TOKENS, max(room, 1))
         if wanted > room:
@@ -143,17 +239,39 @@ class Engine:
                 got=f"{len(prompt)} of the messages and {wanted} to write",
                 fix="shorten the messages or ask for fewer tokens",
             )
-        return Job(prompt, wanted, settings)
+        return Job(prompt, wanted, settings.sampling(), settings.stop, wish, settings.choice)
 
-    def submit(self, job: Job, on_token: Callable[[Token], object] | None = None) -> Future[Answer]:
-        """Run a job after those before it; `on_token` is told each token, in the worker's thread."""
-        return self._worker.submit(self._answer, job, on_token)
+    def _wish(self, prompt: Sequence[int], settings: Settings) -> Layers | None:
+        """Who is to speak at each layer: the expert asked for, or the one that a router of prompts has chosen."""
+        model = settings.model
+        if model in self.experts and model not in (AUTO, BASE):  # a site's bare name will do
+            model = EXPERT_PREFIX + model
+        if model not in self.models:
+            raise ConfigError("MODEL_NOT_FOUND", "there is no such model here", expected=", ".join(self.models))
+        pins = settings.pins if settings.force is None else (Pin(settings.force, 0, self.layers - 1), *settings.pins)
+        if model == BASE:
+            if pins:
+                raise ConfigError("PIN_INVALID", "the base alone has no experts")
+            return None
+        chosen = NO_EXPERT
+        if model != AUTO:
+            chosen = self.experts.index(model.removeprefix(EXPERT_PREFIX))
+        elif isinstance(self._chooser, PromptRouter):
+            ids = torch.tensor([list(prompt)], device=self._model.device)
+            (chosen,) = self._chooser.choose(self._model.get_input_embeddings()(ids), torch.ones_like(ids))
+        wish = [chosen] * self.layers
+        for pin in pins:
+            wish[pin.first : pin.last + 1] = [self._row(pin)] * (pin.last + 1 - pin.first)
+        return tuple(wish)
 
-    def close(self) -> None:
-        """Drop the jobs that wait, and wait for the one that runs."""
-        self._worker.shutdown(cancel_futures=True)
+    def _row(self, pin: Pin) -> int:
+        if pin.expert not in self.experts or pin.expert in self.masked:
+            raise ConfigError("PIN_INVALID", "there is no such expert here", expected=", ".join(self.experts))
+        if not 0 <= pin.first <= pin.last < self.layers:
+            raise ConfigError("PIN_INVALID", "there are no such layers", expected=f"0 to {self.layers - 1}, in order")
+        return self.experts.index(pin.expert)
 
-    def _prompt(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
+    def _conversation(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
         """The conversation up to where the assistant begins to write, as `lm.prompt_ids` has it for one turn."""
         if self._tokenizer.chat_template is None:
             return list(self._tokenizer("".join(each["content"] + "\n" for each in messages)).input_ids)
@@ -164,130 +282,3 @@ class Engine:
                 "MESSAGES_INVALID", "the base's chat template does not take these messages", got=type(error).__name__
             ) from error
         return list(self._tokenizer(text, add_special_tokens=False).input_ids)
-
-    def _answer(self, job: Job, on_token: Callable[[Token], object] | None) -> Answer:
-        settings = job.settings
-        sampled = settings.temperature >= MIN_TEMPERATURE
-        torch.manual_seed(secrets.randbits(63) if settings.seed is None else settings.seed)
-        with self._speaker(job) as (model, record):
-            listener = _Listener(job, self, record, on_token)
-            if not job.cancelled:
-                prompt = torch.tensor([job.prompt], device=model.device)
-                model.generate(
-                    prompt,
-                    attention_mask=torch.ones_like(prompt),
-                    max_new_tokens=job.max_tokens,
-                    do_sample=sampled,
-                    temperature=settings.temperature if sampled else 1.0,
-                    top_p=settings.top_p,
-                    top_k=0,
-                    repetition_penalty=1.0,
-                    eos_token_id=sorted(self.ends),
-                    pad_token_id=self._tokenizer.pad_token_id,
-                    stopping_criteria=StoppingCriteriaList([listener]),
-                )
-        return listener.answer()
-
-    @contextmanager
-    def _speaker(self, job: Job) -> Iterator[tuple[Any, RoutingRecord]]:
-        """The model that answers a job, and the record of who speaks in it."""
-        if job.settings.model == BASE:
-            yield self._plain, RoutingRecord()
-            return
-        routing = self._model.routing
-        with routing.using(self._router(job)), routing.recording() as record:
-            yield self._model, record
-
-    def _router(self, job: Job) -> nn.Module:
-        """The release's router, or one that lets the expert speak that was asked for, or chosen for this prompt."""
-        router: nn.Module = self._model.routing.router
-        if job.settings.model != AUTO:
-            chosen = self.experts.index(job.settings.model.removeprefix(EXPERT_PREFIX))
-        elif isinstance(router, PromptRouter):
-            ids = torch.tensor([job.prompt], device=self._model.device)
-            (chosen,) = router.choose(self._model.get_input_embeddings()(ids), torch.ones_like(ids))
-        else:
-            return router
-        return FixedRouter(chosen, len(self.experts))
-
-    @cached_property
-    def _plain(self) -> Any:
-        """The base alone. The composed model cannot play it: the attention LoRA is merged into its weights."""
-        model, _ = load_base(self._base.path, dtype=self._model.dtype)
-        return model
-
-    @cached_property
-    def ends(self) -> frozenset[int]:
-        """The tokens that end an answer."""
-        named = self._model.generation_config.eos_token_id
-        also = named if isinstance(named, list) else [named]
-        return frozenset(token for token in (self._tokenizer.eos_token_id, *also) if token is not None)
-
-    def decode(self, tokens: list[int]) -> str:
-        text: str = self._tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        return text
-
-
-class _Listener(StoppingCriteria):
-    """Hears every token of a job right after it was chosen, passes it on, and says when to stop."""
-
-    def __init__(
-        self, job: Job, engine: Engine, record: RoutingRecord, on_token: Callable[[Token], object] | None
-    ) -> None:
-        self._job, self._engine, self._record, self._on_token = job, engine, record, on_token
-        self._stream: TextStream[tuple[int, ...]] = TextStream(engine.decode, job.settings.stop)
-        self._tokens: list[Token] = []
-        self._heard = 0
-        self._finish: Literal["stop", "length", "cancelled"] | None = "cancelled" if job.cancelled else None
-
-    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Any:
-        if self._finish is None:  # on a GPU a few more tokens may come before `generate` stops
-            self._hear(int(input_ids[0, -1]))
-        return torch.full((len(input_ids),), self._finish is not None, device=input_ids.device)
-
-    def _hear(self, token: int) -> None:
-        self._heard += 1
-        layers = tuple(self._record.choices[-1][:, 0, -1].tolist()) if self._record.choices else ()
-        self._record.calls.clear()
-        if token in self._engine.ends:
-            self._finish = "stop"
-            return
-        self._tell(self._stream.push(token, layers))
-        if self._stream.stopped:
-            self._finish = "stop"
-        elif self._job.cancelled:
-            self._finish = "cancelled"
-
-    def _tell(self, pieces: Sequence[tuple[str, tuple[int, ...]]]) -> None:
-        for text, layers in pieces:
-            token = _token(text, layers, self._engine.experts)
-            self._tokens.append(token)
-            if self._on_token:
-                self._on_token(token)
-
-    def answer(self) -> Answer:
-        if not self._stream.stopped:
-            self._tell(self._stream.flush())
-        if self._stream.stopped:
-            self._finish = "stop"
-        return Answer(
-            tokens=tuple(self._tokens),
-            finish=self._finish or "length",
-            prompt_tokens=len(self._job.prompt),
-            completion_tokens=self._heard,
-            shares=_shares(self._tokens, self._engine.experts),
-        )
-
-
-def _token(text: str, layers: tuple[int, ...], experts: Sequence[str]) -> Token:
-    if not layers:
-        return Token(text, BASE, 1.0, layers)
-    votes = Counter(layers)
-    winner = max(range(len(experts)), key=lambda expert: votes[expert])  # the first of equals
-    return Token(text, experts[winner], votes[winner] / len(layers), layers)
-
-
-def _shares(tokens: Sequence[Token], experts: Sequence[str]) -> dict[str, float]:
-    """Each expert's part of all decisions; empty where nothing was decided."""
-    votes = Counter(expert for token in tokens for expert in token.layers)
-    return {name: votes[row] / votes.total() for row, name in enumerate(experts)} if votes else {}

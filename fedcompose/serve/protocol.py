@@ -1,34 +1,36 @@
-"""The wire format: OpenAI's chat completions, as far as this server does them, and who wrote what.
+"""The wire format of requests: OpenAI's completions, as far as this server does them, and who is to speak.
 
-A request that asks for anything else is refused by the name of the field; nothing is silently ignored. Our one
-addition is `routing: true`, after which choices carry `routing`: per token its text, the expert that most
-layers chose and the share of layers that agree, and at the end each expert's share of all decisions.
+A request that asks for anything else is refused by the name of the field; nothing is silently ignored. Fields that
+could be asked for without wanting anything (a penalty of 0, a response format of text) are taken at that value only.
+Ours are `routing`, which tells and can decide who speaks, `return_routed_experts` and `receipt`; see `replies.py`.
 """
 
 from __future__ import annotations
 
-import json
-import time
-import uuid
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
-from fedcompose.serve.engine import Answer, Settings, Token
+from fedcompose.serve.engine import Pin, Settings
 
 MAX_MESSAGES = 1000
 MAX_CONTENT_CHARACTERS = 1 << 20
 MAX_STOPS = 4  # OpenAI's limit too
+MAX_CHOICES = 16  # answers to one request
+MAX_PINS = 256
+MAX_TOP_LOGPROBS = 20  # OpenAI's limits too, here and for completions
+MAX_TEXT_LOGPROBS = 5
 
 Count = Annotated[int, Field(ge=1)]
+Name = Annotated[str, Field(max_length=256)]
 Text = Annotated[str, Field(max_length=MAX_CONTENT_CHARACTERS)]
 Stop = Annotated[str, Field(min_length=1, max_length=256)]
 # One string or several: made several before the check, so that errors name one field and not two readings of it.
 Stops = Annotated[
     list[Stop], BeforeValidator(lambda given: [given] if isinstance(given, str) else given), Field(max_length=MAX_STOPS)
 ]
+Zero = Annotated[float, Field(ge=0, le=0)]
+Layer = Annotated[int, Field(ge=0)]
 
 
 class _Part(BaseModel):
@@ -69,91 +71,103 @@ class StreamOptions(_Part):
     include_usage: bool = False
 
 
-class ChatRequest(_Part):
-    """What `/v1/chat/completions` takes. Without a temperature the answer is greedy, as in the evaluation."""
+class ResponseFormat(_Part):
+    """Text, as always."""
 
-    model: str = Field(max_length=256)
-    messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES)]
+    type: Literal["text"]
+
+
+class PinnedLayers(_Part):
+    """An expert for the layers from the first to the last of the two."""
+
+    expert: Name
+    layers: Annotated[list[Layer], Field(min_length=2, max_length=2)]
+
+
+class Routing(_Part):
+    """Tell who speaks; and `force` one expert everywhere, or `pins` for some layers."""
+
+    force: Name | None = None
+    pins: Annotated[list[PinnedLayers], Field(max_length=MAX_PINS)] = []
+
+
+def _routing(given: Any) -> Any:
+    return {} if given is True else None if given is False else given
+
+
+class _Request(_Part):
+    """What both endpoints take. Without a temperature the answer is greedy, as in the evaluation."""
+
+    model: Name
     max_tokens: Count | None = None
-    max_completion_tokens: Count | None = None
     temperature: Annotated[float, Field(ge=0, le=2, allow_inf_nan=False)] = 0.0
     top_p: Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)] = 1.0
     stop: Stops = []
-    n: Literal[1] = 1
+    n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] = 1
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
     stream: bool = False
     stream_options: StreamOptions = StreamOptions()
-    routing: bool = False
+    routing: Annotated[Routing | None, BeforeValidator(_routing)] = None
+    return_routed_experts: bool = False
+    receipt: bool = False
+    user: Name | None = None  # who asks, for the caller's own books; it changes nothing and is not kept
+    frequency_penalty: Zero = 0.0
+    presence_penalty: Zero = 0.0
 
-    def settings(self) -> Settings:
+    @property
+    def likely(self) -> int | None:
+        """How many likely tokens to tell besides each chosen one; None where no probabilities are asked for."""
+        raise NotImplementedError
+
+    @property
+    def length(self) -> int | None:
+        return self.max_tokens
+
+    def settings(self, choice: int = 0) -> Settings:
+        routing = self.routing or Routing()
         return Settings(
             model=self.model,
-            max_tokens=self.max_completion_tokens or self.max_tokens,
+            max_tokens=self.length,
             temperature=self.temperature,
             top_p=self.top_p,
             stop=tuple(self.stop),
             seed=self.seed,
+            logprobs=self.likely,
+            force=routing.force,
+            pins=tuple(Pin(each.expert, *each.layers) for each in routing.pins),
+            choice=choice,
         )
 
 
-@dataclass(frozen=True)
-class Reply:
-    """The documents that answer one request."""
+class ChatRequest(_Request):
+    """What `/v1/chat/completions` takes."""
 
-    model: str
-    routing: bool
-    id: str = field(default_factory=lambda: f"chatcmpl-{uuid.uuid4().hex}")
-    created: int = field(default_factory=lambda: int(time.time()))
+    messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES)]
+    max_completion_tokens: Count | None = None
+    logprobs: bool = False
+    top_logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] = 0
+    response_format: ResponseFormat = ResponseFormat(type="text")
 
-    def completion(self, answer: Answer) -> dict[str, Any]:
-        """The whole answer at once."""
-        message = {"role": "assistant", "content": answer.text}
-        choice = {"index": 0, "message": message, "finish_reason": answer.finish, "logprobs": None}
-        if self.routing:
-            choice["routing"] = {"tokens": tokens_json(answer.tokens), "shares": answer.shares}
-        return {**self._head("chat.completion"), "choices": [choice], "usage": usage(answer)}
+    @property
+    def likely(self) -> int | None:
+        return self.top_logprobs if self.logprobs else None
 
-    def opening(self) -> str:
-        return self._chunk({"role": "assistant", "content": ""})
-
-    def token(self, token: Token) -> str:
-        return self._chunk({"content": token.text}, {"tokens": tokens_json([token])})
-
-    def closing(self, answer: Answer, include_usage: bool) -> str:
-        """The end of a stream."""
-        events = self._chunk({}, {"tokens": [], "shares": answer.shares}, answer.finish)
-        if include_usage:
-            events += event({**self._head("chat.completion.chunk"), "choices": [], "usage": usage(answer)})
-        return events + "data: [DONE]\n\n"
-
-    def _chunk(self, delta: dict[str, str], routing: Any = None, finish: str | None = None) -> str:
-        choice: dict[str, Any] = {"index": 0, "delta": delta, "finish_reason": finish}
-        if self.routing and routing is not None:
-            choice["routing"] = routing
-        return event({**self._head("chat.completion.chunk"), "choices": [choice]})
-
-    def _head(self, kind: str) -> dict[str, Any]:
-        return {"id": self.id, "object": kind, "created": self.created, "model": self.model}
+    @property
+    def length(self) -> int | None:
+        return self.max_completion_tokens or self.max_tokens
 
 
-def event(document: Mapping[str, Any]) -> str:
-    """One server-sent event."""
-    return f"data: {json.dumps(document)}\n\n"
+class TextRequest(_Request):
+    """What `/v1/completions` takes; `logprobs` is a number there."""
 
+    prompt: Annotated[
+        list[Annotated[Text, Field(min_length=1)]],
+        BeforeValidator(lambda given: [given] if isinstance(given, str) else given),
+        Field(min_length=1, max_length=MAX_CHOICES),
+    ]
+    logprobs: Annotated[int, Field(ge=0, le=MAX_TEXT_LOGPROBS)] | None = None
+    echo: Literal[False] = False
 
-def usage(answer: Answer) -> dict[str, int]:
-    return {
-        "prompt_tokens": answer.prompt_tokens,
-        "completion_tokens": answer.completion_tokens,
-        "total_tokens": answer.prompt_tokens + answer.completion_tokens,
-    }
-
-
-def tokens_json(tokens: Sequence[Token]) -> list[dict[str, Any]]:
-    """Who wrote what."""
-    return [{"text": token.text, "expert": token.expert, "agreement": round(token.agreement, 3)} for token in tokens]
-
-
-def error_document(kind: str, message: str, param: str | None = None, code: str | None = None) -> dict[str, Any]:
-    """OpenAI's shape for every error."""
-    return {"error": {"message": message, "type": kind, "param": param, "code": code}}
+    @property
+    def likely(self) -> int | None:
+        return self.logprobs

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 from fedcompose.release import VerifiedRelease
 from fedcompose.serve.engine import Engine
@@ -39,6 +40,6 @@ def release(talking_sim: FederationSim) -> VerifiedRelease:
 
 @pytest.fixture(scope="session")
 def engine(release: VerifiedRelease, talking_sim: FederationSim) -> Iterator[Engine]:
-    engine = Engine(release, talking_sim.base)
+    engine = Engine(release, talking_sim.base, torch.float32)
     yield engine
     engine.close()

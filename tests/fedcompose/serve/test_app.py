@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -15,7 +14,6 @@ import httpx
 import openai
 import pytest
 import torch
-import uvicorn
 from fastapi.testclient import TestClient
 from openai import OpenAI
 
@@ -25,9 +23,9 @@ from fedcompose.model.lm import load_base
 from fedcompose.release import VerifiedRelease
 from fedcompose.serve.app import create_app
 from fedcompose.serve.engine import Engine, Settings
+from tests.fedcompose.serve.serving import HELLO, served
 from tests.federation_sim import FederationSim
 
-HELLO = [{"role": "user", "content": "Hello you"}]
 PROMPT = "<|im_start|>user\nHello you<|im_end|>\n<|im_start|>assistant\n"
 PROMPT_TOKENS = len(re.sub(r"<[|]im_\w+[|]>", "?", PROMPT))  # a byte or a special token each
 TOKENS = 40
@@ -35,14 +33,8 @@ TOKENS = 40
 
 @pytest.fixture(scope="module")
 def url(engine: Engine) -> Iterator[str]:
-    server = uvicorn.Server(uvicorn.Config(create_app(engine), port=0, log_level="error", ws="none", lifespan="off"))
-    thread = threading.Thread(target=server.run)
-    thread.start()
-    while not server.started:
-        time.sleep(0.01)
-    yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
-    server.should_exit = True
-    thread.join()
+    with served(create_app(engine)) as url:
+        yield url
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +45,7 @@ def client(url: str) -> OpenAI:
 @pytest.fixture(scope="module")
 def composed(release: VerifiedRelease, talking_sim: FederationSim) -> tuple[Any, Any]:
     """The release loaded a second time, without a server."""
-    return load_release(release, base=talking_sim.base)
+    return load_release(release, torch.float32, talking_sim.base)
 
 
 def generated(model: Any, tokenizer: Any) -> str:
@@ -111,7 +103,7 @@ def test_a_forced_expert_answers_as_under_a_router_that_always_chooses_it(
 def test_the_base_is_the_untouched_base(client: OpenAI, talking_sim: FederationSim) -> None:
     answer = whole(client, "base", extra_body={"routing": True}).choices[0]
 
-    assert answer.message.content == generated(*load_base(talking_sim.base.path))
+    assert answer.message.content == generated(*load_base(talking_sim.base.path, torch.float32))
     assert {token["expert"] for token in answer.routing["tokens"]} == {"base"}
     assert answer.routing["shares"] == {}
 
@@ -215,9 +207,14 @@ def test_a_stream_is_events_that_end_with_done(url: str) -> None:
     ("body", "param", "code"),
     [
         ({"tools": [{"type": "function"}]}, "tools", "unsupported_parameter"),
-        ({"logprobs": True}, "logprobs", "unsupported_parameter"),
-        ({"response_format": {"type": "json_object"}}, "response_format", "unsupported_parameter"),
-        ({"n": 2}, "n", "invalid_value"),
+        ({"logit_bias": {"5": 1}}, "logit_bias", "unsupported_parameter"),
+        ({"response_format": {"type": "json_object"}}, "response_format.type", "invalid_value"),
+        ({"frequency_penalty": 0.5}, "frequency_penalty", "invalid_value"),
+        ({"n": 0}, "n", "invalid_value"),
+        ({"n": 17}, "n", "invalid_value"),
+        ({"top_logprobs": 21}, "top_logprobs", "invalid_value"),
+        ({"routing": {"probs": True}}, "routing.probs", "unsupported_parameter"),
+        ({"routing": {"pins": [{"expert": "site-a", "layers": [0]}]}}, "routing.pins.0.layers", "invalid_value"),
         ({"temperature": -1}, "temperature", "invalid_value"),
         ({"temperature": "hot"}, "temperature", "invalid_value"),
         ({"top_p": 0}, "top_p", "invalid_value"),

@@ -6,12 +6,15 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 from fedcompose.cli import main
 from fedcompose.commands import chat
 from fedcompose.commands.chat import _safe, styles, words
 from fedcompose.console import out
-from fedcompose.serve.engine import Engine, Settings, Token
+from fedcompose.serve.engine import Engine, Settings
+from fedcompose.serve.sampling import Chosen
+from fedcompose.serve.writing import Token
 from tests.federation_sim import FederationSim
 
 HELLO = [{"role": "user", "content": "Hello you"}]
@@ -20,6 +23,7 @@ HELLO = [{"role": "user", "content": "Hello you"}]
 @pytest.fixture
 def arguments(talking_sim: FederationSim, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     monkeypatch.setattr(out, "_color_system", None)
+    monkeypatch.setattr("fedcompose.model.lm.fast_dtype", lambda: torch.float32)  # as the engine it is compared with
     release = talking_sim.coordinator_home / "release"
     trust = ["--root-fingerprint", talking_sim.root.keyid, "--base", str(talking_sim.base.path)]
     return ["chat", str(release), *trust, "--max-tokens", "40"]
@@ -32,7 +36,7 @@ def run(arguments: list[str]) -> int:
 
 
 def spoken(*pieces: tuple[str, str]) -> Iterator[Token]:
-    return (Token(text, expert, 1.0, (0,)) for text, expert in pieces)
+    return (Token(text, expert, 1.0, (0,), Chosen(0)) for text, expert in pieces)
 
 
 def test_a_word_belongs_to_the_expert_that_wrote_most_of_it() -> None:

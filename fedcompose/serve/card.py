@@ -1,0 +1,71 @@
+"""What a release says about itself, for people who use it: who trained what, who vouches for it, under which terms.
+
+Only what was verified before loading, and what no signature shows. The claims and numbers of a site are its own word.
+"""
+
+from __future__ import annotations
+
+from datetime import datetime
+from typing import Any
+
+from fedcompose.contribution import VerifiedContribution
+from fedcompose.federation import format_time
+from fedcompose.release import VerifiedRelease, cautions, newest_known
+
+CHECKS = (
+    "the federation file is signed by roots that this server trusts",
+    "the coordinator signed every file of the release",
+    "each site signed its expert, and it is in the release byte for byte",
+    "keys, sites and base still belong, as far as this server knows",
+)
+
+
+def release_card(release: VerifiedRelease, now: datetime) -> dict[str, Any]:
+    """One document for `GET /release`; `experts` in the order of the router's rows."""
+    claims, federation = release.provenance, release.federation
+    return {
+        "release": release.dir_hash,
+        "federation": {
+            "id": federation.id,
+            "name": federation.name,
+            "version": federation.version,
+            "newest_known": newest_known(release).version,
+        },
+        "coordinator": {"id": claims.coordinator, "keyid": release.keyid},
+        "made": format_time(claims.finished),
+        "method": claims.method,
+        "base": dict(release.composition["base"]),
+        "masked": list(release.composition.get("masked", ())),
+        "experts": [_expert(release, expert) for expert in release.experts],
+        "checked": list(CHECKS),
+        "cautions": cautions(release, now),
+    }
+
+
+def _expert(release: VerifiedRelease, expert: VerifiedContribution) -> dict[str, Any]:
+    claims = expert.provenance
+    return {
+        "site": expert.site,
+        "domain": expert.domain,
+        "dirHash": expert.dir_hash,
+        "keyid": expert.keyid,
+        "trained": format_time(claims.finished),
+        "received": format_time(expert.received_on),
+        "call": claims.call.id if claims.call else None,
+        "lora": claims.lora.model_dump(mode="json") if claims.lora else None,
+        "numbers": dict(claims.metrics),
+        "terms": _terms(release, expert),
+    }
+
+
+def _terms(release: VerifiedRelease, expert: VerifiedContribution) -> list[str]:
+    """Under which conditions a site's work is used here, in sentences."""
+    may = release.federation.site(expert.site).may
+    terms = [
+        f"allowed in this federation: {' and '.join(may)}, for the domain {expert.domain}",
+        f"offered for composing until {format_time(expert.provenance.expires)}",
+        "of its records the release holds none; weights are made of them, and may reveal something about them",
+    ]
+    if release.federation.policy is not None:
+        terms.append(f"under the federation's policy {release.federation.policy.sha256}")
+    return terms

@@ -1,0 +1,100 @@
+"""What an operator does to a running server: ask whether it is ready, let it finish and stop, have it judge anew.
+
+A release is judged before it is loaded. What is withdrawn later reaches a running server by `SIGHUP`: it verifies the
+release's folder again, by all that this machine knows by then, and closes its door when anything is refused. Answers
+that are being written end there. `SIGTERM` lets them be finished, for a while.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import ipaddress
+import logging
+import signal
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+from types import FrameType
+
+from fedcompose.errors import ConfigError, FedcomposeError, RefusedError
+from fedcompose.release import ReceivedRelease, VerifiedRelease, verify_for_use
+from fedcompose.serve.limits import Door
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Judge:
+    """Judges a release that is already loaded, as on the day it was loaded but by what is known now."""
+
+    release: VerifiedRelease
+    root_fingerprints: Collection[str] | None = None
+
+    def __call__(self) -> None:
+        """Raises: RefusedError: as `verify_for_use`; `RELEASE_OTHER` when another release lies in the folder now."""
+        again = verify_for_use(ReceivedRelease(self.release.path), self.root_fingerprints)
+        if again.dir_hash != self.release.dir_hash:
+            raise RefusedError(
+                "RELEASE_OTHER",
+                "the folder holds another release than the one that is loaded",
+                expected=self.release.dir_hash,
+                got=again.dir_hash,
+                fix="start the server again to serve it",
+            )
+
+
+def judge_anew(judge: Callable[[], None], door: Door, cancel_all: Callable[[], object]) -> bool:
+    """Open or close the door by today's judgement; whether it is open."""
+    try:
+        judge()
+    except FedcomposeError as refusal:
+        door.closed = refusal.code
+        cancel_all()
+        log.error("the release is refused; nothing is answered", extra={"code": refusal.code})
+        return False
+    door.closed = None
+    log.info("the release was judged anew and is good")
+    return True
+
+
+def judge_on_hangup(judge: Callable[[], None], door: Door, cancel_all: Callable[[], object]) -> None:
+    """From now on `SIGHUP` judges anew, beside the answers; for the event loop of a main thread."""
+    loop = asyncio.get_running_loop()
+    running: set[asyncio.Future[bool]] = set()
+
+    def begin() -> None:
+        future = asyncio.ensure_future(asyncio.to_thread(judge_anew, judge, door, cancel_all))
+        running.add(future)  # the loop itself would forget it
+        future.add_done_callback(running.discard)
+
+    loop.add_signal_handler(signal.SIGHUP, begin)
+
+
+def end_quietly_on_terminate() -> None:
+    """`SIGTERM` is a wish, not a failure: uvicorn finishes what is being answered and then raises the signal again,
+    and this process should end with status 0 by then."""
+
+    def ignore(number: int, frame: FrameType | None) -> None: ...
+
+    signal.signal(signal.SIGTERM, ignore)
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine can reach a server at `host`."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def check_exposure(host: str, has_keys: bool) -> None:
+    """Raises: ConfigError: `API_KEYS_NEEDED` where others could ask without a key."""
+    if not is_loopback(host) and not has_keys:
+        raise ConfigError(
+            "API_KEYS_NEEDED",
+            "others could reach this server, and it would answer anybody",
+            expected="keys, where --host is not of this machine alone",
+            got=f"--host {host!a} and no keys",
+            fix="give --api-key-file FILE, and put something that speaks TLS in front",
+        )

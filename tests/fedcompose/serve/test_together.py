@@ -1,0 +1,212 @@
+"""Many answers at once: each is what it is alone, whoever else is answered and whom they force to speak."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from concurrent.futures import Future, wait
+from typing import Any
+
+import pytest
+import torch
+
+from fedcompose.errors import ConfigError, MissingError, RefusedError
+from fedcompose.release import VerifiedRelease
+from fedcompose.serve import batching, sequential
+from fedcompose.serve.engine import Engine, Pin, Settings
+from fedcompose.serve.writing import Answer
+from tests.federation_sim import FederationSim
+
+LONG = "All the same beginning, longer than a page of the cache. " * 2
+REQUESTS = [
+    (prompt, Settings(model, max_tokens=12, **more))
+    for prompt in ("Hello you", LONG, LONG + "x")
+    for model, more in (
+        ("auto", {}),
+        ("expert:site-a", {}),
+        ("expert:site-b", {}),
+        ("site-b", {"temperature": 1.0, "seed": 5, "top_p": 0.9}),
+        ("base", {}),
+        ("auto", {"force": "site-a"}),
+        ("auto", {"pins": (Pin("site-b", 0, 0),)}),
+        ("expert:site-b", {"pins": (Pin("site-a", 1, 1),)}),
+        ("auto", {"temperature": 1.0, "seed": 7}),
+    )
+]
+
+Said = tuple[str, tuple[tuple[int, ...], ...]]
+
+
+def ask(engine: Engine, prompt: str, settings: Settings) -> Future[Answer]:
+    return engine.submit(engine.prepare([{"role": "user", "content": prompt}], settings))
+
+
+def said(answer: Future[Answer]) -> Said:
+    done = answer.result(timeout=60)
+    return done.text, tuple(token.layers for token in done.tokens)
+
+
+@pytest.fixture(scope="module")
+def alone(engine: Engine) -> list[Said]:
+    return [said(ask(engine, *request)) for request in REQUESTS]
+
+
+def mixed(engine: Engine, seed: int, count: int = 40) -> Iterator[tuple[int, Said]]:
+    """What is said to requests of all kinds at the same time."""
+    picked = random.Random(seed).choices(range(len(REQUESTS)), k=count)
+    answers = [ask(engine, *REQUESTS[number]) for number in picked]
+    for number, answer in zip(picked, answers, strict=True):
+        yield number, said(answer)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_nobody_notices_who_else_is_answered(engine: Engine, alone: list[Said], seed: int) -> None:
+    assert all(told == alone[number] for number, told in mixed(engine, seed))
+
+
+def test_what_is_forced_is_what_speaks(engine: Engine, alone: list[Said]) -> None:
+    routes = {number: set(told[1]) for number, told in enumerate(alone)}
+
+    assert routes[1] == routes[5] == {(0, 0)}
+    assert routes[2] == routes[3] == {(1, 1)}
+    assert routes[4] == {()}
+    assert {rows[0] for rows in routes[6]} == {1}
+    assert routes[7] == {(1, 0)}
+    assert {row for rows in routes[0] for row in rows} == {0, 1}, "auto that never changes would not show a leak"
+    assert len({told[0] for told in alone[:3]}) == 3
+
+
+def test_a_neighbours_wish_would_be_noticed(engine: Engine, alone: list[Said], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The control: each row of a step is given the wish of the row before it."""
+    original = batching.Worker._wish
+
+    def shifted(worker: batching.Worker, row: Any) -> Any:
+        rows = worker._rows
+        return original(worker, rows[rows.index(row) - 1])
+
+    monkeypatch.setattr(batching.Worker, "_wish", shifted)
+    assert any(told != alone[number] for number, told in mixed(engine, 0))
+
+
+def test_a_shared_cache_would_be_noticed(engine: Engine, alone: list[Said]) -> None:
+    """The control: equal prompts share their pages, whoever was forced to read them."""
+    allocators = engine._worker._processor.cache.cache_allocators.values()
+    cache = engine._worker._processor.cache
+    assert not cache.use_prefix_sharing
+    for allocator in allocators:
+        allocator.use_block_sharing = True
+    cache.use_prefix_sharing = cache.allow_block_sharing = True
+    try:
+        told = [said(ask(engine, *REQUESTS[number])) for number in (10, 11)]
+    finally:
+        cache.use_prefix_sharing = cache.allow_block_sharing = False
+        for allocator in allocators:
+            allocator.use_block_sharing = False
+        cache.evict_cached_blocks()
+    assert told != [alone[10], alone[11]]
+
+
+def test_one_at_a_time_says_the_same(release: VerifiedRelease, talking_sim: FederationSim, alone: list[Said]) -> None:
+    """What `generate` writes for the models that cannot be answered together."""
+    slow = Engine(release, talking_sim.base, torch.float32, together=False)
+    try:
+        assert [said(ask(slow, *request)) for request in REQUESTS[:9]] == alone[:9]
+    finally:
+        slow.close()
+
+
+def test_the_cache_is_empty_when_all_is_said(engine: Engine) -> None:
+    answers = [ask(engine, *REQUESTS[number % len(REQUESTS)]) for number in range(30)]
+    jobs = [engine.prepare([{"role": "user", "content": LONG}], Settings(max_tokens=300)) for _ in range(10)]
+    answers += [engine.submit(job) for job in jobs]
+    for job in jobs[::2]:
+        job.cancel()
+    engine.cancel_all()
+    wait(answers, timeout=60)
+    assert {answer.result().finish for answer in answers} >= {"cancelled"}
+    said(ask(engine, "one more step, in which pages are freed", Settings(max_tokens=3)))
+    said(ask(engine, "and another", Settings(max_tokens=1)))
+    assert engine.waiting == 0
+    cache = engine._worker._processor.cache
+    cache.pool.try_to_free_sectors()
+    assert cache.compute_free_capacity() > 0.99
+
+
+def test_a_prompt_longer_than_a_step_is_read_in_parts(engine: Engine) -> None:
+    long = "y" * (engine.context - 40)
+    both = [ask(engine, long, Settings(max_tokens=4)) for _ in range(3)]
+    assert len({said(answer) for answer in both}) == 1
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        Settings("base", force="site-a"),
+        Settings(force="nobody"),
+        Settings(pins=(Pin("site-a", 1, 0),)),
+        Settings(pins=(Pin("site-a", 0, 2),)),
+    ],
+)
+def test_a_wish_that_cannot_be_is_refused(engine: Engine, settings: Settings) -> None:
+    with pytest.raises(ConfigError) as caught:
+        ask(engine, "hi", settings)
+    assert caught.value.code == "PIN_INVALID"
+
+
+def test_a_masked_expert_never_speaks_again(release: VerifiedRelease, talking_sim: FederationSim) -> None:
+    engine = Engine(release, talking_sim.base, torch.float32)
+    try:
+        both = said(ask(engine, "Hello you", Settings(max_tokens=12)))[1]
+        engine.mask({"site-a"})
+        left = said(ask(engine, "Hello you", Settings(max_tokens=12)))[1]
+        assert {row for rows in both for row in rows} == {0, 1}
+        assert {row for rows in left for row in rows} == {1}
+        for settings, code in ((Settings("site-a"), "MODEL_NOT_FOUND"), (Settings(force="site-a"), "PIN_INVALID")):
+            with pytest.raises(ConfigError) as caught:
+                ask(engine, "hi", settings)
+            assert caught.value.code == code
+        with pytest.raises(RefusedError) as refused:
+            engine.mask({"site-a", "site-b"})
+        assert refused.value.code == "EXPERT_UNMASKABLE"
+        engine.mask(())
+        assert said(ask(engine, "Hello you", Settings(max_tokens=12)))[1] == both
+    finally:
+        engine.close()
+
+
+def test_an_engine_that_died_says_so(release: VerifiedRelease, talking_sim: FederationSim) -> None:
+    engine = Engine(release, talking_sim.base, torch.float32)
+    try:
+        assert engine.alive
+
+        def fail(*_: Any) -> None:
+            raise RuntimeError("out of memory")
+
+        engine._model.register_forward_pre_hook(fail)
+        answers = [ask(engine, "Hello", Settings(max_tokens=4)) for _ in range(2)]
+        for answer in answers:
+            with pytest.raises(MissingError) as caught:
+                answer.result(timeout=60)
+            assert caught.value.code == "ENGINE_DEAD"
+        assert not engine.alive
+        with pytest.raises(MissingError):
+            ask(engine, "Hello", Settings())
+    finally:
+        engine.close()
+
+
+def test_a_model_that_cannot_be_answered_together_is_answered_one_at_a_time(
+    release: VerifiedRelease, talking_sim: FederationSim, alone: list[Said], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Found out at the start, by a token, and not by whoever asks first."""
+
+    def fail(*_: Any) -> None:
+        raise RuntimeError("this attention does not read pages")
+
+    monkeypatch.setattr(batching.Worker, "_sample", fail)
+    engine = Engine(release, talking_sim.base, torch.float32)
+    try:
+        assert isinstance(engine._worker, sequential.Worker)
+        assert said(ask(engine, *REQUESTS[0])) == alone[0]
+    finally:
+        engine.close()
