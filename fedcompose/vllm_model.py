@@ -54,16 +54,22 @@ def _make_class() -> Any:
         def choose(self, x: Tensor) -> Tensor:
             """(tokens, rows) 1 for the rows of each token's expert, the first of equals."""
             choice = (x.float() @ self.router.T).argmax(-1)
-            return (choice[:, None] == self.owners).to(x.dtype)
+            rows: Tensor = choice[:, None].eq(self.owners)
+            return rows.to(x.dtype)
 
         def add(self, part: str, x: Tensor, chosen: Tensor) -> Tensor:
             a, b = getattr(self, f"{part}_a"), getattr(self, f"{part}_b")
-            return ((x @ a.T) * chosen) @ b
+            added: Tensor = ((x @ a.T) * chosen) @ b
+            return added
 
     class RoutedMLP(nn.Module):
         """vLLM's MLP and its experts; tensor parallelism would need them cut up too."""
 
-        def __init__(self, mlp: nn.Module, experts: Experts) -> None:
+        gate_up_proj: Any
+        down_proj: Any
+        act_fn: Any
+
+        def __init__(self, mlp: Any, experts: Experts) -> None:
             super().__init__()
             self.gate_up_proj, self.down_proj, self.act_fn = mlp.gate_up_proj, mlp.down_proj, mlp.act_fn
             self.experts = experts
@@ -74,9 +80,10 @@ def _make_class() -> Any:
             added = [self.experts.add(part, x, chosen) for part in ("gate", "up")]
             made = self.act_fn(both + torch.cat(added, dim=-1))
             down, _ = self.down_proj(made)
-            return down + self.experts.add("down", made, chosen)
+            whole: Tensor = down + self.experts.add("down", made, chosen)
+            return whole
 
-    class RoutedLlama(LlamaForCausalLM):
+    class RoutedLlama(LlamaForCausalLM):  # type: ignore[misc]
         def __init__(self, *, vllm_config: Any, prefix: str = "", **options: Any) -> None:
             super().__init__(vllm_config=vllm_config, prefix=prefix, **options)
             if vllm_config.parallel_config.tensor_parallel_size > 1:

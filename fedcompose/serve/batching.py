@@ -237,7 +237,7 @@ def _pages(model: Any, context: int) -> int:
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     page_bytes = 2 * config.num_hidden_layers * heads * width * model.dtype.itemsize * PAGE_TOKENS
     wanted = max(context + PAGE_TOKENS, CACHED_TOKENS) // PAGE_TOKENS + 1
-    return max(2, min(wanted, _free_bytes(model.device) // 2 // page_bytes))
+    return max(2, int(min(wanted, _free_bytes(model.device) // 2 // page_bytes)))
 
 
 def _free_bytes(device: torch.device) -> int:
