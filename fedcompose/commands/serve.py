@@ -13,7 +13,7 @@ import typer
 
 from fedcompose.console import err, out
 from fedcompose.errors import ConfigError, MissingError
-from fedcompose.release import ReceivedRelease, VerifiedRelease, cautions, verify_for_use
+from fedcompose.release import ReceivedRelease, VerifiedRelease, cautions, terms_of, verify_for_use
 
 if TYPE_CHECKING:  # torch takes seconds to import
     from fedcompose.serve.engine import Engine
@@ -86,6 +86,8 @@ def load_engine(release: VerifiedRelease, base: str | None) -> Engine:
 
     for caution in cautions(release, datetime.now(UTC)):
         err.print(f"! {caution}", markup=False, style="yellow")
+    for terms in terms_of(release):
+        err.print(f"To be used as its sites allow: {terms}", markup=False)
     err.print(
         f"Verified. Loading {release.composition['base']['name']} and {len(release.experts)} experts.", markup=False
     )

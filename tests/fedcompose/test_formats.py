@@ -26,6 +26,7 @@ from fedcompose.files import dump_json, sha256_hex
 from fedcompose.invitation import Invitation
 from fedcompose.keys import Enrolment, read_enrolment
 from fedcompose.provenance import _Statement, parse_provenance, parse_release_provenance
+from fedcompose.delivery import Receipt
 from fedcompose.release import Composition, parse_composition
 from fedcompose.revocations import Revocations, parse_revocations
 from fedcompose.signing import keyid_of, verify_files
@@ -75,6 +76,7 @@ PARSERS: dict[str, Callable[[bytes], object]] = {
     "release provenance": parse_release_provenance,
     "ledger entry": parse_ledger,
     "approval": validated(Approval),
+    "receipt": validated(Receipt),
 }
 
 
@@ -119,7 +121,19 @@ def names_in(schema: Any) -> Iterator[str]:
 
 @pytest.mark.parametrize(
     "model",
-    [Federation, Revocations, Enrolment, Invitation, Call, AdapterConfig, Trace, _Statement, Composition, Approval],
+    [
+        Federation,
+        Revocations,
+        Enrolment,
+        Invitation,
+        Call,
+        AdapterConfig,
+        Trace,
+        _Statement,
+        Composition,
+        Approval,
+        Receipt,
+    ],
 )
 def test_every_field_is_mentioned(model: type[BaseModel]) -> None:
     names = set(names_in(model.model_json_schema(by_alias=True)))
