@@ -30,7 +30,14 @@ from fedcompose.federation import Federation, Site, format_time
 from fedcompose.files import MAX_JSON_BYTES, dir_hash, sha256_hex
 from fedcompose.folder import HashedFile, Limits, check_names, list_files, open_hashed, read_file
 from fedcompose.gates import GATES_FILE, MAX_GATES_BYTES, read_gates
-from fedcompose.provenance import PROVENANCE_FILE, BaseReference, Provenance, check_limits, parse_provenance
+from fedcompose.provenance import (
+    PROVENANCE_FILE,
+    BaseReference,
+    Provenance,
+    check_limits,
+    check_use,
+    parse_provenance,
+)
 from fedcompose.signing import SIGNATURE_FILE, SignedFiles, read_hint, verify_files
 from fedcompose.traces import MAX_TRACES_BYTES, PRIVATE_CLASSES, TRACES_FILE, Trace, decode
 
@@ -181,7 +188,7 @@ def check_claims(claims: Provenance, kind: Kind, site: Site, federation: Federat
     """The signer may say this: its own site and domain, this federation, one of its bases, now.
 
     Raises: RefusedError: `PROVENANCE_KIND`, `FEDERATION_MISMATCH`, `SITE_MISMATCH`, `DOMAIN_MISMATCH`,
-        `NOT_PERMITTED`, `BASE_MISMATCH`, `CONTRIBUTION_EXPIRED`, `CONTRIBUTION_FROM_FUTURE`.
+        `NOT_PERMITTED`, `BASE_MISMATCH`, `CONTRIBUTION_EXPIRED`, `CONTRIBUTION_FROM_FUTURE`, `USE_EXPIRED`.
     """
     _same("PROVENANCE_KIND", "the provenance is of another kind than the folder", kind, claims.kind)
     check_federation(claims.federation, claims.federation_version, federation)
@@ -205,6 +212,7 @@ def check_claims(claims: Provenance, kind: Kind, site: Site, federation: Federat
             got=format_time(now),
             fix="ask the site to contribute again, or check this machine's clock",
         )
+    check_use(claims.use, None, now)
     if claims.finished > now + CLOCK_SKEW:
         raise RefusedError(
             "CONTRIBUTION_FROM_FUTURE",

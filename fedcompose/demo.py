@@ -215,7 +215,9 @@ def _init_site(demo: Demo, scenario: Scenario) -> None:
 def _adapt_site(demo: Demo, scenario: Scenario) -> None:
     """The demo's training settings, typed into `site.toml`."""
     path = demo.out / "sites" / scenario.site / "site.toml"
-    settings = TRAINING | scenario.training | (QUICK_TRAINING if demo.quick else {}) | {"seed": demo.seed}
+    settings = (
+        TRAINING | scenario.training | (QUICK_TRAINING if demo.quick else {}) | {"seed": demo.seed, "release": '"run"'}
+    )
     text = with_settings(path.read_text(), settings)
     config = ", ".join(f"{key} = {json.dumps(value)}" for key, value in scenario.config.items())
     source = f"config = {{ {config} }}\n" + (f"prompts = {QUICK_TRACE_PROMPTS}\n" if demo.quick else "")

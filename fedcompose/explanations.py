@@ -122,6 +122,10 @@ EXPLANATIONS: Mapping[str, str] = {
     "LEDGER_FORKED": "The decision ledger was written anew from some entry on: somebody else has seen another one.",
     "LEDGER_SHRUNK": "The coordinator shows a decision ledger with fewer entries than it showed before. A ledger only "
     "grows: entries were removed, or the coordinator went back to an old copy.",
+    "DELIVERY_INVALID": "The coordinator's receipt is for something else than what this site sent, or is no receipt.",
+    "EGRESS_TYPE": "Something was to leave the site that is not on the closed list of what may. It did not.",
+    "EGRESS_UNRECORDED": "A coordinator signed to have more bytes than this site's egress ledger tells of. Either the "
+    "ledger is not the one that was there, or something else on this machine sends in the site's name.",
     # --- approvals and limits ---
     "APPROVER_KEY": "Somebody tried to approve in the name of an approver whose key is another one.",
     "SITE_QUOTA": "The site has sent more than one site may have in the store.",
@@ -160,6 +164,9 @@ EXPLANATIONS: Mapping[str, str] = {
     "tokens elsewhere than the site meant.",
     "GATES_NOT_PRIVATE": "The expert claims differential privacy, and the gates beside it were learned from the same "
     "data without it. Together they would not keep the promise.",
+    "USE_RECIPIENT": "A site says in what it signed which coordinators may use it, and this is another. Ask the site.",
+    "USE_EXPIRED": "A site says in what it signed until when it may be used, and that time is over. Ask the site to "
+    "contribute again, or make the composition without it: fedcompose coordinator remove.",
     "AUDIT_BELOW_LIMIT": "The site itself asked that only audited adapters with a better verdict leave it, and this "
     "one left all the same. Its software was changed, or two versions of it were mixed up. Ask the site.",
     "EPSILON_ABOVE_LIMIT": "The site itself asked for more differential privacy than this adapter claims to have. Its "

@@ -17,6 +17,7 @@ import base64
 import binascii
 import json
 from collections.abc import Mapping
+from datetime import datetime
 from importlib.metadata import PackageNotFoundError, version
 from typing import Annotated, Any, Final, Literal, NoReturn, TypeVar
 
@@ -24,7 +25,7 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints, Validation
 from pydantic.alias_generators import to_camel
 
 from fedcompose.errors import RefusedError
-from fedcompose.federation import Digest, FederationId, Time, Title
+from fedcompose.federation import Digest, FederationId, Time, Title, format_time
 from fedcompose.files import parse_json
 from fedcompose.keys import Identifier
 from fedcompose.ledger import Head
@@ -43,6 +44,7 @@ MAX_METRICS = 32
 MAX_METRICS_BYTES = 1024
 MAX_SUBJECTS = 4096
 MAX_INGREDIENTS = 512
+MAX_RECIPIENTS = 64
 
 Label = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.:@/+-]{0,127}\z")]
 FileName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_./-]{0,254}\z")]
@@ -163,6 +165,24 @@ class SiteLimits(_Record):
     max_epsilon: Positive | None = None
 
 
+class UseTerms(_Record):
+    """For what, by which coordinators and until when a contribution may be used, and who is told of objections.
+
+    Recipients and time are enforced wherever it is received, composed, verified or loaded. The purpose is for people.
+    """
+
+    purpose: Title
+    recipients: Annotated[tuple[Identifier, ...], Field(strict=False, min_length=1, max_length=MAX_RECIPIENTS)]
+    expires: Time
+    contact: Title
+
+    def __str__(self) -> str:
+        return (
+            f"for {self.purpose}, by {', '.join(self.recipients)}, until {format_time(self.expires)}; "
+            f"objections to {self.contact}"
+        )
+
+
 class _Claims(_Record):
     """What contributions and releases both say."""
 
@@ -190,6 +210,7 @@ class Provenance(_Claims):
     dp: DpStatement | None = None
     audit: AuditStatement | None = None
     limits: SiteLimits | None = None
+    use: UseTerms | None = None
 
 
 class Ingredient(_Record):
@@ -275,6 +296,7 @@ def parse_provenance(data: bytes) -> Provenance:
         sequence=parameters.sequence,
         expires=parameters.expires,
         call=parameters.call,
+        use=parameters.use,
         **_only_of_adapters(parameters),
         traces=parameters.traces if isinstance(parameters, _TracesParameters) else None,
         **_shared_claims(statement, parameters, build.resolved_dependencies[0]),
@@ -331,6 +353,31 @@ def check_limits(dp: DpStatement | None, audit: AuditStatement | None, limits: S
             expected=f"differential privacy with an epsilon of at most {limits.max_epsilon:g}",
             got=f"epsilon {dp.epsilon:g}" if dp else "no differential privacy",
             fix=f"train with --dp-epsilon {limits.max_epsilon:g} or less",
+        )
+
+
+def check_use(terms: UseTerms | None, coordinator: str | None, now: datetime) -> None:
+    """A site's terms let this coordinator, or anybody where none is named, use its contribution at this time.
+
+    Raises: RefusedError: `USE_RECIPIENT`, `USE_EXPIRED`.
+    """
+    if terms is None:
+        return
+    if coordinator is not None and coordinator not in terms.recipients:
+        raise RefusedError(
+            "USE_RECIPIENT",
+            "the site did not sign this contribution for this coordinator",
+            expected=", ".join(terms.recipients),
+            got=coordinator,
+            fix=f"leave the site out, or ask it to contribute for you: {terms.contact}",
+        )
+    if now >= terms.expires:
+        raise RefusedError(
+            "USE_EXPIRED",
+            "the time for which the site lets its contribution be used is over",
+            expected=f"use before {format_time(terms.expires)}",
+            got=format_time(now),
+            fix=f"leave the site out, or ask it to contribute again: {terms.contact}",
         )
 
 
@@ -392,6 +439,7 @@ class _SiteParameters(_Record):
     sequence: Count
     call: CallReference | None = None
     expires: Time
+    use: UseTerms | None = None
 
 
 class _AdapterParameters(_SiteParameters):

@@ -64,6 +64,7 @@ from fedcompose.provenance import (
     Ingredient,
     Label,
     ReleaseProvenance,
+    check_use,
     parse_release_provenance,
 )
 from fedcompose.revocations import RevokedKey
@@ -206,10 +207,12 @@ def verify_for_use(
 
     That file may have expired: it is then the best that is known, and a model in use does not stop by the calendar.
 
-    Raises: RefusedError: as `verify_release` and `judge_today`.
+    Raises: RefusedError: as `verify_release`, `judge_today` and `check_terms`.
     """
+    now = now or datetime.now(UTC)
     release = verify_release(received, root_fingerprints, now)
     judge_today(release, newest_known(release))
+    check_terms(release, now)
     return release
 
 
@@ -245,6 +248,21 @@ def judge_today(release: VerifiedRelease, today: Federation) -> None:
     for expert in release.experts:
         site, _ = today.site_key(expert.keyid, expert.received_on)
         check_claims(expert.provenance, expert.kind, site, today, expert.received_on)
+
+
+def check_terms(release: VerifiedRelease, now: datetime) -> None:
+    """Every site still lets its expert be used.
+
+    Raises: RefusedError: `USE_EXPIRED`.
+    """
+    for expert in release.experts:
+        check_use(expert.provenance.use, None, now)
+
+
+def terms_of(release: VerifiedRelease) -> list[str]:
+    """On which terms sites let their experts be used, a sentence for each that states some."""
+    experts = [expert for expert in release.experts if expert.provenance.use]
+    return [f"site {expert.site}: {expert.provenance.use}" for expert in experts]
 
 
 def cautions(release: VerifiedRelease, now: datetime) -> list[str]:
@@ -407,6 +425,7 @@ def _verify_ingredient(
     found = verify_contribution(ReceivedContribution(path), federation, now=entry.received_on)
     prefix = f"{INGREDIENTS_FOLDER}/{entry.site}/"
     listed = {name.removeprefix(prefix): digest for name, digest in signed.digests.items() if name.startswith(prefix)}
+    check_use(found.provenance.use, claims.coordinator, claims.finished)
     facts = {
         "kind": (found.kind, "adapter"),
         "site": (found.site, entry.site),

@@ -1,11 +1,12 @@
 """What a site and the coordinator say to each other over Flower, and the names of Flower that both roles use.
 
-Five actions, no others: `describe` (who are you), `call` (here is what the coordinator asks for), `status` (how far
-are you), `offer` (which files did you sign), `fetch` (give me these bytes of them). None has an effect that a second
-one of the same kind would change, so a message that was lost is sent again. A contribution is one stream: its files in
-a fixed order, one after the other. The coordinator asks for a window of the stream of one offer; both sides compute
-from `plan` which bytes of which files that is, so that a reply can only hold what was asked for, memory does not grow
-with the size of an adapter, and a transfer goes on at the byte where it was cut.
+Six actions, no others: `describe` (who are you), `call` (here is what the coordinator asks for), `status` (how far
+are you), `offer` (which files did you sign), `fetch` (give me these bytes of them), `receipt` (I have them, and
+signed that). None has an effect that a second one of the same kind would change, so a message that was lost is sent
+again. A contribution is one stream: its files in a fixed order, one after the other. The coordinator asks for a
+window of the stream of one offer; both sides compute from `plan` which bytes of which files that is, so that a
+reply can only hold what was asked for, memory does not grow with the size of an adapter, and a transfer goes on at
+the byte where it was cut.
 
 Everything decoded here is hostile: names come from closed lists, numbers have limits, and nothing is a path.
 What the bytes mean is for intake to check; here they only have to be the bytes that were announced.
@@ -25,6 +26,7 @@ from typing import Any, Literal, TypeVar, get_args
 
 from fedcompose.contribution import REQUIRED, Kind
 from fedcompose.errors import RefusedError
+from fedcompose.ledger import Head
 from fedcompose.parts import Part, Slice, offer_digest, part_limits, plan, stream_bytes
 
 FLOWER_ENVIRONMENT = {
@@ -76,9 +78,9 @@ __all__ = [
 ]  # fmt: skip
 
 PROTOCOL = 1  # what these messages say; a coordinator asks for it before anything else
-Action = Literal["describe", "call", "status", "offer", "fetch"]
+Action = Literal["describe", "call", "status", "offer", "fetch", "receipt"]
 ACTIONS: tuple[Action, ...] = get_args(Action)
-State = Literal["asked", "refused", "approved", "training", "trained", "ready", "failed"]
+State = Literal["asked", "refused", "approved", "training", "trained", "held", "ready", "failed"]
 STATES: tuple[State, ...] = get_args(State)
 
 MAX_STREAM_BYTES = 16 * 1024**3
@@ -87,6 +89,7 @@ MAX_TEXT_CHARS = 256
 MAX_STEPS = 10**9
 MAX_ETA_S = 366 * 24 * 3600
 MAX_PROTOCOL = 1 << 16
+MAX_ENTRIES = (1 << 53) - 1
 NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,62}")  # of a site, a domain or a call: never a path
 VERSION = re.compile(r"[0-9A-Za-z][0-9A-Za-z.+-]{0,40}")
 CODE = re.compile(r"[A-Z][A-Z0-9_]{2,63}")
@@ -213,6 +216,24 @@ def read_window(content: RecordDict, parts: Sequence[Part], start: int, length: 
     arrays = _typed(content.get("parts"), ArrayRecord, "an array record")
     _require(len(arrays) == len(slices), "the files asked for")
     return [(piece, _raw_bytes(arrays.get(piece.part.name), piece.length)) for piece in slices]
+
+
+def with_head(content: RecordDict, head: Head) -> RecordDict:
+    """The answer with the head of the site's egress ledger, which already tells of this answer."""
+    fields = _typed(content.get("answer"), ConfigRecord, "an answer")
+    fields["entries"], fields["head"] = head.entries, head.head
+    return content
+
+
+def read_head(content: RecordDict) -> Head | None:
+    """The head of the site's egress ledger, if the answer carries one.
+
+    Raises: RefusedError: `MESSAGE_INVALID`, or the site's own code.
+    """
+    fields = read_answer(content)
+    if "head" not in fields:
+        return None
+    return Head(entries=integer(fields, "entries", 1, MAX_ENTRIES), head=text(fields, "head", SHA256))
 
 
 def _read_parts(fields: Mapping[str, Any], kinds: Sequence[Kind]) -> list[Part]:

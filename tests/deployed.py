@@ -134,7 +134,7 @@ def made_site(parties: Parties, name: str, base: Path, rank: int) -> None:
     keys, site = parties.root / "keys", parties.site(name)
     lines = [
         f'id = "{name}"', f'base = "{base}"', f'key = "{keys / name}.key"', f'node_key = "{keys / name}.node.key"',
-        '[calls]\ndecide = "run"', f"[domains.{name}]", 'file = "data.jsonl"', 'task = "numeric"',
+        '[calls]\ndecide = "run"\nrelease = "run"', f"[domains.{name}]", 'file = "data.jsonl"', 'task = "numeric"',
         f'[domains.{name}.training]\nrank = {rank}\ntargets = ["up_proj"]',
     ]  # fmt: skip
     write_atomic(site / "site.toml", "\n".join(lines).encode())

@@ -23,7 +23,7 @@ from fedcompose.files import MAX_JSON_BYTES, read_limited, write_atomic
 from fedcompose.parts import offer_digest
 from fedcompose.settings import fill_template
 from fedcompose.trust_state import trusted_federation
-from fedcompose_client import commands_calls
+from fedcompose_client import commands_calls, commands_egress
 from fedcompose_client.config import CONFIG_NAME, Dp, SiteConfig, load_config
 from fedcompose_client.jobs import jobs, read_job, sign
 from fedcompose_client.offer import outbox_parts
@@ -230,17 +230,19 @@ def contribute(
     call = _call(site, call_id, config.id, federation, now)
     made = sign_contribution(
         site, domain, load_signer(config.key, folder=site), federation, now, call=call, base=resolve_base(config.base),
-        traces=settings.traces is not None, non_private=not settings.private, privacy=config.privacy,
+        traces=settings.traces is not None, non_private=not settings.private, privacy=config.privacy, use=config.use,
     )  # fmt: skip
-    if call is not None:  # from now on the coordinator may fetch it
+    if call is not None:  # from now on the coordinator may fetch it, unless it is held
         offer = offer_digest(outbox_parts(site / "outbox" / domain, call.want))
-        sign(site, call.id, offer, datetime.now(UTC))
+        sign(site, call.id, offer, datetime.now(UTC), hold=config.calls.release == "ask")
     if as_json:
         print_json([{"kind": each.kind, "path": str(each.path), "dirHash": each.dir_hash} for each in made])
         return
     _print_contributions(made)
+    held = call is not None and config.calls.release == "ask"
     next_steps(
         f"fedcompose verify {site / 'outbox' / domain} --federation {site / config.federation}",
+        *([f"fedcompose client preview{_at(site)}   and then release it"] if held else []),
         f"fedcompose coordinator receive {site / 'outbox' / domain}   (at the coordinator)",
     )
 
@@ -366,4 +368,5 @@ def _print_contributions(made: Sequence[VerifiedContribution]) -> None:
     print_whole(table)
 
 
-commands_calls.register(app)  # after the commands above, for --help lists them in this order
+commands_egress.register(app)  # after the commands above, for --help lists them in this order
+commands_calls.register(app)

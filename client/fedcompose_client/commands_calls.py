@@ -52,6 +52,8 @@ def calls(site: Site = Path(), as_json: AsJson = False) -> None:
     print_whole(table)
     if any(job.state == "asked" for job in listed):
         next_steps("fedcompose client approve CALL   or   fedcompose client refuse CALL")
+    if any(job.held for job in listed):
+        next_steps("fedcompose client preview")
 
 
 def approve(call: CallId = None, site: Site = Path(), as_json: AsJson = False) -> None:
@@ -145,7 +147,7 @@ def export(
     """
     from fedcompose_client.offer import export as copy_signed
 
-    written = copy_signed(site / "outbox" / domain, folder / load_config(site).id / domain)
+    written = copy_signed(site, domain, folder / load_config(site).id / domain, datetime.now(UTC))
     if as_json:
         print_json({"path": str(written)})
         return

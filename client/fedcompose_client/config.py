@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import date
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -110,9 +111,19 @@ class Domain(Settings):
 
 
 class Calls(Settings):
-    """What happens when a call comes in: it is refused, its owner is asked, or its work begins."""
+    """What happens when a call comes in, and when its answer has been signed: who decides about the next step."""
 
     decide: Literal["refuse", "ask", "run"] = "ask"
+    release: Literal["ask", "run"] = "ask"
+
+
+class Use(Settings):
+    """On which terms others may use what this site contributes; they travel inside the signature."""
+
+    purpose: str
+    recipients: tuple[Identifier, ...]
+    until: date
+    contact: str
 
 
 class SiteConfig(Settings):
@@ -125,6 +136,7 @@ class SiteConfig(Settings):
     federation: Path = Path("federation.json")
     calls: Calls = Calls()
     privacy: Privacy = Privacy()
+    use: Use | None = None
     domains: dict[Identifier, Domain]
 
     @property

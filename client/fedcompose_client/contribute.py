@@ -17,16 +17,18 @@ import uuid
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import replace
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime, time, timedelta
 from pathlib import Path
 from typing import Any
+
+from pydantic import ValidationError
 
 from fedcompose.adapter import WEIGHTS_FILE, read_adapter, write_adapter
 from fedcompose.bases import Base, base_shapes, control_tokens
 from fedcompose.call import COLLECTION_PERIOD, Call, check_answer
 from fedcompose.contribution import ReceivedContribution, VerifiedContribution, verify_contribution
 from fedcompose.errors import ConfigError, RefusedError
-from fedcompose.federation import Federation, Site, format_time
+from fedcompose.federation import Federation, Site, first_problem, format_time
 from fedcompose.files import folder_digests, new_folder, read_json, read_limited, sha256_file, write_atomic, write_json
 from fedcompose.gates import GATES_FILE, MAX_GATES_BYTES, read_gates, write_gates
 from fedcompose.provenance import (
@@ -36,13 +38,14 @@ from fedcompose.provenance import (
     LoraSummary,
     Provenance,
     TraceSummary,
+    UseTerms,
     build_provenance,
     installed_versions,
 )
 from fedcompose.signing import SIGNATURE_FILE, Signer, sign_files
 from fedcompose.traces import PRIVATE_CLASSES, TRACES_FILE, Trace, check_tokens, decode, encode
 from fedcompose_client.claims import privacy_claims
-from fedcompose_client.config import Privacy
+from fedcompose_client.config import Privacy, Use
 from fedcompose_client.firewall import read_passed
 
 STATE_FILE = "contribute-state.json"  # the last sequence number this site used
@@ -62,6 +65,7 @@ def contribute(
     traces: bool = False,
     non_private: bool = False,
     privacy: Privacy = Privacy(),
+    use: Use | None = None,
 ) -> list[VerifiedContribution]:
     """Sign what the domain's run made and the call, if any, wants: its adapter, and its traces if it has some.
 
@@ -94,7 +98,7 @@ def contribute(
     stated = privacy_claims(run, privacy)
     shapes = base_shapes(base) if base is not None else None
     made_at = _given_time() or now
-    claims = _claims(site, federation, call, base, made_at, run)
+    claims = _claims(site, federation, call, base, made_at, run) | {"use": use_terms(use)}
     made = []
     for kind in wanted:
         target = site_folder / "outbox" / domain / kind
@@ -123,6 +127,25 @@ def _rebuild_adapter(run: Path, folder: Path, shapes: Mapping[str, tuple[int, in
     config = adapter.config
     lora = LoraSummary(r=config.r, alpha=config.lora_alpha, targets=tuple(sorted(set(config.target_modules))))
     return {"kind": "adapter", "lora": lora}
+
+
+def use_terms(use: Use | None) -> UseTerms | None:
+    """The site's terms, as they stand in what it signs; `until` ends with the beginning of its day, UTC.
+
+    Raises: ConfigError: `USE_INVALID`.
+    """
+    if use is None:
+        return None
+    expires = datetime.combine(use.until, time(), UTC)
+    try:
+        return UseTerms(purpose=use.purpose, recipients=use.recipients, expires=expires, contact=use.contact)
+    except ValidationError as error:
+        raise ConfigError(
+            "USE_INVALID",
+            "the section [use] of site.toml cannot be signed",
+            got=first_problem(error),
+            expected="a purpose and a contact of up to 200 characters, at least one coordinator, a date",
+        ) from error
 
 
 def gates_name(run: Path) -> str:

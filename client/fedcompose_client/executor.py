@@ -15,11 +15,9 @@ import logging
 import os
 import resource
 import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
-from fedcompose import wire
 from fedcompose.wire import Context, Message, RecordDict, TaskIdentity
 from fedcompose_client.node import LOOPBACK, MAX_MEMORY_BYTES, read_node_settings
 
@@ -46,7 +44,15 @@ from flwr.supernode.runtime.run_clientapp import push_message, push_task_output
 
 log = logging.getLogger(__name__)
 
-SuperNodeApp = Callable[[Message, Context], Message]
+
+class SuperNodeApp(Protocol):
+    """The site's app: it answers a message, or refuses one without looking at it."""
+
+    def __call__(self, message: Message, context: Context) -> Message: ...
+
+    def refuse(self, message: Message, code: str) -> Message: ...
+
+
 ANY_TASK = [str(kind) for kind in TaskType]
 POLL_S = float(os.environ.get("FLWR_SUPEREXEC_TASK_POLL_INTERVAL", "0.5"))
 COMPLETED, FAILED = "completed", "failed"
@@ -75,9 +81,9 @@ def answer_task(client: RuntimeHttpClient, kind: str, app: SuperNodeApp) -> None
     try:
         message, is_readable, context = _pull(client)
         if not is_readable:
-            reply = _refusal(message, "MESSAGE_INVALID")
+            reply = app.refuse(message, "MESSAGE_INVALID")
         elif kind != TaskType.CLIENT_APP:
-            reply = _refusal(message, "ACTION_UNKNOWN")
+            reply = app.refuse(message, "ACTION_UNKNOWN")
         else:
             reply = app(message, context)
         push_message(client, reply, context)
@@ -119,10 +125,6 @@ def _pull(client: RuntimeHttpClient) -> tuple[Message, bool, Context]:
         confirm(tree.object_id)
     message.metadata.__dict__["_message_id"] = tree.object_id
     return message, is_readable, Context(run_id, node_id, {}, RecordDict(), {})
-
-
-def _refusal(message: Message, code: str) -> Message:
-    return Message(wire.answer(code), reply_to=message)
 
 
 def _client(folder: Path, interceptor: Any) -> RuntimeHttpClient:

@@ -1,10 +1,11 @@
-"""The site's side of Flower: five actions, answered from the site's own folder.
+"""The site's side of Flower: six actions, answered from the site's own folder.
 
 A message chooses one of the actions and names one of the site's own domains; nothing in it becomes a path, a
 command or a module. Only the files of a contribution that the site's people had signed for a call ever leave,
 only to whoever holds the nonce of that call, and only while that call is collected and not refused. What a call may
 set going is for the site to say: `[calls] decide` in site.toml, and `fedcompose client approve`.
 
+Nothing is answered here: what an action returns, the egress broker (`egress.py`) checks, writes down and hands over.
 Errors leave as codes, never as text, for a text could quote data; the reason is in the site's own log. Flower's run
 config, which the other side writes, is not read.
 """
@@ -24,31 +25,23 @@ import fedcompose
 from fedcompose import wire
 from fedcompose.bases import resolve_base
 from fedcompose.call import COLLECTION_PERIOD, MAX_CALL_BYTES, check_shape, verify_call
+from fedcompose.delivery import MAX_RECEIPT_BYTES, read_receipt
 from fedcompose.errors import FedcomposeError, RefusedError
 from fedcompose.federation import Federation
 from fedcompose.files import MAX_JSON_BYTES, read_limited
 from fedcompose.trust_state import trusted_federation
-from fedcompose.wire import ClientApp, Context, Description, Message, Part, RecordDict, Status
+from fedcompose.wire import ClientApp, Context, Description, Message, RecordDict, Status
+from fedcompose_client import egress
 from fedcompose_client.config import SiteConfig, load_config
+from fedcompose_client.egress import Announced, Code, Outgoing, Window
+from fedcompose_client.egress_ledger import keep_receipt
 from fedcompose_client.jobs import Decision, Job, call_path, decide, keep, read_job
-from fedcompose_client.offer import outbox_parts, read_slice
 
 log = logging.getLogger(__name__)
 
 SITE_DIR = "site-dir"  # in the SuperNode's own `--node-config`, which the other side neither sees nor sets
 PROGRESS_TAIL_BYTES = 64 * 1024
 
-# Every code that may leave; any other error leaves as SITE_ERROR.
-REFUSALS = frozenset(
-    {
-        "ACTION_UNKNOWN", "BASE_NOT_FOUND", "CALL_BASE", "CALL_COORDINATOR", "CALL_EXPIRED", "CALL_FEDERATION",
-        "CALL_ID_TAKEN", "CALL_INVALID", "CALL_POLICY", "CALL_SHAPE", "CALL_SITE", "CALL_UNKNOWN", "DOMAIN_UNKNOWN",
-        "ENVELOPE_INVALID", "ENVELOPE_KEY", "ENVELOPE_SHAPE", "ENVELOPE_TYPE", "FEDERATION_EXPIRED", "KEY_EXPIRED",
-        "KEY_REVOKED", "LEDGER_FORKED", "LEDGER_SHRUNK", "MESSAGE_INVALID", wire.NOT_READY, wire.OFFER_CHANGED,
-        "TRUST_ROOT_UNKNOWN",
-    }
-)  # fmt: skip
-SITE_ERROR = "SITE_ERROR"
 DECISIONS: Mapping[str, Decision] = {"run": "approved", "refuse": "refused"}  # what site.toml may decide beforehand
 
 
@@ -69,23 +62,42 @@ class SiteApp(ClientApp):
         return load_config(self._folder or Path()).id
 
     def __call__(self, message: Message, context: Context) -> Message:
-        return Message(self._answer(message, context), reply_to=message)
+        """The answer to one message, whatever happens; without a ledger to write it into there is none.
 
-    def _answer(self, message: Message, context: Context) -> RecordDict:
-        """The answer to one message, whatever happens."""
+        Raises: SilenceError.
+        """
+        try:
+            folder = self._folder or Path(str(context.node_config[SITE_DIR]))
+            return Message(self._answer(folder, message), reply_to=message)
+        except Exception:  # the outermost frame of a site: what passes here, Flower sends to the other side as text
+            log.exception("nothing can be answered")
+        raise SilenceError
+
+    def refuse(self, message: Message, code: str) -> Message:
+        """An answer to a message that is not looked at.
+
+        Raises: RefusedError, MissingError: when the ledger cannot be written.
+        """
+        return Message(egress.send(self._folder or Path(), Code(code), self._clock()), reply_to=message)
+
+    def _answer(self, folder: Path, message: Message) -> RecordDict:
+        now = self._clock()
         try:
             act = ANSWERS.get(message.metadata.message_type)
             if act is None:
                 raise RefusedError("ACTION_UNKNOWN", "not one of the actions of a site")
-            folder = self._folder or Path(str(context.node_config[SITE_DIR]))
-            return act(folder, wire.read_request(message.content), self._clock())
+            return egress.send(folder, act(folder, wire.read_request(message.content), now), now)
         except FedcomposeError as error:
             level = logging.INFO if error.code == wire.NOT_READY else logging.WARNING
             log.log(level, "refused an action", extra={"code": error.code})
-            return wire.answer(error.code if error.code in REFUSALS else SITE_ERROR)
-        except Exception:  # the outermost frame of a site: what passes here, Flower sends to the other side as text
+            return egress.send(folder, Code(error.code), now)
+        except Exception:
             log.exception("an action failed")
-            return wire.answer(SITE_ERROR)
+            return egress.send(folder, Code(egress.SITE_ERROR), now)
+
+
+class SilenceError(Exception):
+    """A message stays without an answer. It has no text, for Flower would send it."""
 
 
 def make_app(site_dir: Path | None, clock: Callable[[], datetime] = lambda: datetime.now(UTC)) -> SiteApp:
@@ -96,57 +108,61 @@ def make_app(site_dir: Path | None, clock: Callable[[], datetime] = lambda: date
 app = make_app(None)  # what a SuperNode runs
 
 
-# The five actions ---------------------------------------------------------------------------------
+# The six actions ----------------------------------------------------------------------------------
 
 
-def describe(folder: Path, fields: Mapping[str, Any], now: datetime) -> RecordDict:
+def describe(folder: Path, fields: Mapping[str, Any], now: datetime) -> Outgoing:
     """Which protocol, which version of fedcompose, and the site's name."""
-    return wire.description_answer(Description(wire.PROTOCOL, fedcompose.__version__, load_config(folder).id))
+    return Description(wire.PROTOCOL, fedcompose.__version__, load_config(folder).id)
 
 
-def answer_call(folder: Path, fields: Mapping[str, Any], now: datetime) -> RecordDict:
+def answer_call(folder: Path, fields: Mapping[str, Any], now: datetime) -> Outgoing:
     """Keep a call, and say what has become of it; the same call may come again."""
     job = accept_call(folder, wire.raw(fields, "call", MAX_CALL_BYTES), now)
-    return wire.status_answer(job_status(folder, job, job.call.domain_of(load_config(folder).id)))
+    return job_status(folder, job, job.call.domain_of(load_config(folder).id))
 
 
-def tell_status(folder: Path, fields: Mapping[str, Any], now: datetime) -> RecordDict:
+def tell_status(folder: Path, fields: Mapping[str, Any], now: datetime) -> Outgoing:
     """How far the call is, in one word and three numbers."""
+    return job_status(folder, *_open_job(folder, fields, now))
+
+
+def make_offer(folder: Path, fields: Mapping[str, Any], now: datetime) -> Outgoing:
+    """The list of the files that were signed for the call."""
     job, domain = _open_job(folder, fields, now)
-    return wire.status_answer(job_status(folder, job, domain))
+    return Announced(job.call.id, domain)
 
 
-def make_offer(folder: Path, fields: Mapping[str, Any], now: datetime) -> RecordDict:
-    """The list of the files that were signed for the call.
-
-    Raises: RefusedError: `NOT_READY`, or what `_open_job` raises.
-    """
-    return wire.offer_answer(_offered(folder, *_open_job(folder, fields, now)))
-
-
-def hand_over(folder: Path, fields: Mapping[str, Any], now: datetime) -> RecordDict:
-    """One window of the bytes of an offer.
-
-    Raises: RefusedError: `NOT_READY`, `OFFER_CHANGED`, or what `_open_job` raises.
-    """
+def hand_over(folder: Path, fields: Mapping[str, Any], now: datetime) -> Outgoing:
+    """One window of the bytes of an offer."""
     job, domain = _open_job(folder, fields, now)
     wanted = wire.text(fields, "offer", wire.SHA256)
     start = wire.integer(fields, "start", 0, wire.MAX_STREAM_BYTES)
-    length = wire.integer(fields, "length", 1, wire.WINDOW_BYTES)
-    parts = _offered(folder, job, domain)
-    if wire.offer_digest(parts) != wanted:
-        raise RefusedError("OFFER_CHANGED", "another contribution has been signed for this call since")
-    outbox = folder / "outbox" / domain
-    slices = wire.plan(parts, start, length)
-    return wire.window_answer({piece.part.name: read_slice(outbox, piece) for piece in slices})
+    return Window(job.call.id, domain, wanted, start, wire.integer(fields, "length", 1, wire.WINDOW_BYTES))
 
 
-ANSWERS: Mapping[str, Callable[[Path, Mapping[str, Any], datetime], RecordDict]] = {
+def take_receipt(folder: Path, fields: Mapping[str, Any], now: datetime) -> Outgoing:
+    """Keep the coordinator's receipt for what it has fetched.
+
+    Raises: RefusedError: `DELIVERY_INVALID`, and what `keep_receipt` raises.
+    """
+    job, _ = _open_job(folder, fields, now)
+    config = load_config(folder)
+    envelope = wire.raw(fields, "receipt", MAX_RECEIPT_BYTES)
+    receipt = read_receipt(envelope, _federation(folder, config, now))
+    if (receipt.site, receipt.call) != (config.id, job.call.id):
+        raise RefusedError("DELIVERY_INVALID", "the receipt is for another site or another call")
+    keep_receipt(folder, envelope, receipt, job.offer)
+    return Code(wire.ACCEPTED)
+
+
+ANSWERS: Mapping[str, Callable[[Path, Mapping[str, Any], datetime], Outgoing]] = {
     wire.message_type("describe"): describe,
     wire.message_type("call"): answer_call,
     wire.message_type("status"): tell_status,
     wire.message_type("offer"): make_offer,
     wire.message_type("fetch"): hand_over,
+    wire.message_type("receipt"): take_receipt,
 }
 
 
@@ -188,19 +204,6 @@ def _open_job(folder: Path, fields: Mapping[str, Any], now: datetime) -> tuple[J
     if wanted != domain or domain not in config.domains:
         raise RefusedError("DOMAIN_UNKNOWN", "the call is not for this domain")
     return job, domain
-
-
-def _offered(folder: Path, job: Job, domain: str) -> list[Part]:
-    """What was signed for this call, if it still lies in the outbox as it was signed.
-
-    Raises: RefusedError: `NOT_READY`.
-    """
-    if job.offer is None:
-        raise RefusedError(wire.NOT_READY, f"the call is {job.state}")
-    parts = outbox_parts(folder / "outbox" / domain, job.call.want)
-    if wire.offer_digest(parts) != job.offer:
-        raise RefusedError(wire.NOT_READY, "what lies in the outbox is not what was signed for this call")
-    return parts
 
 
 def _federation(folder: Path, config: SiteConfig, now: datetime) -> Federation:

@@ -1,8 +1,10 @@
 """What becomes of each call at this site: a ledger of events beside the call. The last event is the state.
 
     asked ─┬─ refused
-           └─ approved ── started ── trained ─(distilled)─ signed
-                             └─ failed ── approved, to try again
+           └─ approved ── started ── trained ─(distilled)─┬─ signed
+                             └─ failed ── approved, ...   └─ held ── released
+
+With `[calls] release = "ask"` what was signed is held until its owner has seen it and releases its digest.
 
 `calls/<id>.json` is the call as the coordinator signed it, `calls/<id>.jsonl` what happened, in lines that cannot be
 changed unnoticed. Several processes may look and write: the one that answers the coordinator, the worker, and the
@@ -23,8 +25,10 @@ from fedcompose.errors import ConfigError, RefusedError
 from fedcompose.files import read_limited, write_atomic
 from fedcompose.ledger import Entry
 
-Event = Literal["asked", "refused", "approved", "started", "trained", "distilled", "signed", "failed"]
-State = Literal["asked", "refused", "approved", "training", "trained", "ready", "failed"]
+Event = Literal[
+    "asked", "refused", "approved", "started", "trained", "distilled", "signed", "held", "released", "failed"
+]
+State = Literal["asked", "refused", "approved", "training", "trained", "held", "ready", "failed"]
 Decision = Literal["approved", "refused"]
 
 STATE_AFTER: Mapping[str, State] = {
@@ -35,6 +39,8 @@ STATE_AFTER: Mapping[str, State] = {
     "trained": "trained",
     "distilled": "trained",
     "signed": "ready",
+    "held": "held",
+    "released": "ready",
     "failed": "failed",
 }
 MAY_APPROVE: frozenset[State] = frozenset({"asked", "refused", "failed"})
@@ -58,6 +64,11 @@ class Job:
         """What has happened since the newest approval, by event."""
         approvals = [index for index, entry in enumerate(self.events) if entry.event == "approved"]
         return {entry.event: entry for entry in self.events[approvals[-1] if approvals else 0 :]}
+
+    @property
+    def held(self) -> str | None:
+        """The digest of what was signed for this call, while it waits for its owner's release."""
+        return str(self.events[-1].fields["offer"]) if self.state == "held" else None
 
     @property
     def offer(self) -> str | None:
@@ -99,8 +110,8 @@ def decide(site: Path, call_id: str, decision: Decision, now: datetime) -> Job:
     return read_job(site, call_id)
 
 
-def sign(site: Path, call_id: str, offer: str, now: datetime) -> None:
-    """Write down that an offer of this digest was signed for the call: from now on it may be fetched.
+def sign(site: Path, call_id: str, offer: str, now: datetime, *, hold: bool = False) -> None:
+    """Write down that an offer of this digest was signed for the call. Unless it is held, it may now be fetched.
 
     Raises: ConfigError: `CALL_STATE`, for a call that was refused, perhaps while the work for it went on.
     """
@@ -108,7 +119,24 @@ def sign(site: Path, call_id: str, offer: str, now: datetime) -> None:
         raise ConfigError(
             "CALL_STATE", f"the call {call_id} was refused", fix="approve it first, if you have changed your mind"
         )
-    record(site, call_id, "signed", now, offer=offer)
+    record(site, call_id, "held" if hold else "signed", now, offer=offer)
+
+
+def release(site: Path, offer: str, now: datetime) -> Job:
+    """Let the held offer of exactly this digest be fetched.
+
+    Raises: ConfigError: `RELEASE_UNKNOWN`.
+    """
+    for job in jobs(site):
+        if job.held == offer:
+            record(site, job.call.id, "released", now, offer=offer)
+            return read_job(site, job.call.id)
+    raise ConfigError(
+        "RELEASE_UNKNOWN",
+        "nothing of this digest is held here",
+        expected=" or ".join(job.held for job in jobs(site) if job.held) or "something that was signed and is held",
+        fix="fedcompose client preview",
+    )
 
 
 def record(site: Path, call_id: str, event: Event, now: datetime, **fields: str) -> None:

@@ -11,13 +11,15 @@ import io
 import os
 import shutil
 from collections.abc import Sequence
+from datetime import datetime
 from functools import lru_cache
 from pathlib import Path
 
 from fedcompose.contribution import KINDS, REQUIRED, Kind
 from fedcompose.errors import RefusedError
 from fedcompose.files import new_folder
-from fedcompose.parts import Part, Slice, part_limits
+from fedcompose.parts import Part, Slice, offer_digest, part_limits, stream_bytes
+from fedcompose_client.egress_ledger import note
 
 
 def outbox_parts(outbox: Path, want: Sequence[Kind]) -> list[Part]:
@@ -40,12 +42,15 @@ def read_slice(outbox: Path, piece: Slice) -> bytes:
         return stream.read(piece.length)
 
 
-def export(outbox: Path, target: Path) -> Path:
-    """A copy of what was signed, whole or not at all, and nothing else of the outbox.
+def export(site: Path, domain: str, target: Path, now: datetime) -> Path:
+    """A copy of what was signed, whole or not at all, and nothing else of the outbox; the egress ledger tells of it.
 
-    Raises: RefusedError: `NOT_READY`.
+    Raises: RefusedError: `NOT_READY`, `LEDGER_BROKEN`.
     """
+    outbox = site / "outbox" / domain
     parts = outbox_parts(outbox, KINDS)
+    offer = offer_digest(parts)
+    note(site, "export", now, bytes=stream_bytes(parts), sha256=offer, offer=offer, domain=domain)
     with new_folder(target) as folder:
         for part in parts:
             copied = folder / part.name

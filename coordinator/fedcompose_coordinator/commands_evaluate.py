@@ -77,6 +77,9 @@ def report(
     training: Annotated[
         list[Path] | None, typer.Option(help="A site's runs/DOMAIN/result.json, where its owner shares it. Repeatable.")
     ] = None,
+    evidence: Annotated[
+        bool, typer.Option("--evidence", help="Also a privacy card of the release: evidence.json, and on the page.")
+    ] = False,
     to: Annotated[Path | None, typer.Option("--out", help="Folder for report.html and report.json.")] = None,
     as_json: AsJson = False,
 ) -> None:
@@ -85,20 +88,29 @@ def report(
     Example: fedcompose coordinator report --out .
     """
     from fedcompose.release import ReceivedRelease, verify_release
+    from fedcompose_coordinator.approvals import read_rule
+    from fedcompose_coordinator.evidence import build_evidence
     from fedcompose_coordinator.report import describe_release, training_logs, write_report
 
-    _, federation, base = open_home(home)
-    made = verify_release(ReceivedRelease(home / "release"))
-    sizes, provenance = describe_release(made, members_of(home, federation), base.path)
+    config, federation, base = open_home(home)
+    made, members = verify_release(ReceivedRelease(home / "release")), members_of(home, federation)
+    sizes, provenance = describe_release(made, members, base.path)
     folder = to or home
-    evaluation = read_json(home / "evaluation.json")
+    measured = read_json(home / "evaluation.json")
     compared = home / "comparison.json"
     comparison = read_json(compared) if compared.is_file() else None
-    written = write_report(evaluation, training_logs(training or []), sizes, provenance, folder, comparison)
+    found = None
+    if evidence:
+        rule = read_rule(home, config.approvals, config.approvers)
+        found = build_evidence(home, made, members, federation, rule)
+        write_json(folder / "evidence.json", found)
+    written = write_report(measured, training_logs(training or []), sizes, provenance, folder, comparison, found)
     if as_json:
         print_json(written)
         return
-    out.print(accuracy_table(evaluation["accuracy"]))
+    out.print(accuracy_table(measured["accuracy"]))
+    if found is not None:
+        out.print(f"Evidence {folder / 'evidence.json'}", markup=False)
     out.print(f"Report {folder / 'report.html'}", markup=False)
 
 

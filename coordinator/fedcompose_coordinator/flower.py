@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -22,14 +22,17 @@ from typing import Literal
 
 from fedcompose import wire
 from fedcompose.errors import ConfigError, FedcomposeError, MissingError, RefusedError
+from fedcompose.ledger import Head
 from fedcompose.wire import Action, Context, Grid, Message, RecordDict, ServerApp, Status
 from fedcompose_coordinator.jobs import ENDED, OURS, Job, call_paths, jobs_of
 from fedcompose_coordinator.partial import Partial, Window, holds
+from fedcompose_coordinator.receipts import receipt_maker
 
 log = logging.getLogger(__name__)
 
 Step = Literal["call", "collect"]
 Ask = Literal["describe", "call", "status", "offer", "fetch"]
+Sign = Callable[[Job, int, Head], bytes | None]  # a receipt for so many bytes of the job's offer
 
 FETCHED_AT_A_TIME = 4  # sites; each may have two windows of its contribution on the way
 ASKED_AT_A_TIME = 64  # sites
@@ -82,6 +85,9 @@ class Exchange:
     goal: Step | None = None
     window_bytes: int | None = None
     clock: Callable[[], datetime] = lambda: datetime.now(UTC)
+    sign: Sign | None = None
+    head: Head | None = None  # of the site's egress ledger, the newest that came
+    receipt: bytes | None = None  # that the site has not taken yet
     next: Ask = "describe"
     due: float = 0.0  # of `time.monotonic`: not before
     pause_s: float = FIRST_PAUSE_S
@@ -102,6 +108,8 @@ class Exchange:
             return [self._window(self.partial, offer, window) for window in self.partial.next_windows()]
         if self.on_the_way:
             return []
+        if self.receipt is not None:
+            return [Question("receipt", self._request(receipt=self.receipt))]
         if self.next == "describe":
             return [Question("describe", wire.request())]
         if self.next == "call":
@@ -111,7 +119,7 @@ class Exchange:
     def _window(self, partial: Partial, offer: str, window: Window) -> Question:
         return Question("fetch", self._request(offer=offer, start=window[0], length=window[1]), window, partial)
 
-    def _request(self, **fields: str | int) -> RecordDict:
+    def _request(self, **fields: str | int | bytes) -> RecordDict:
         call = self.job.call
         return wire.request(call_id=call.id, nonce=call.nonce, domain=self.job.site.domain, **fields)
 
@@ -133,12 +141,17 @@ class Exchange:
                 "call": self._take_status,
                 "status": self._take_status,
                 "offer": self._take_offer,
+                "receipt": self._receipt_taken,
             }[question.action](content)
         self.pause_s = FIRST_PAUSE_S
 
     def failed(self, question: Question, error: FedcomposeError) -> None:
         """Ask again after a while; when only one step is to be taken, this was it."""
         if question.partial is not None and question.partial is not self.partial:
+            return
+        if question.action == "receipt":
+            self.receipt = self.receipt if isinstance(error, MissingError) and self.goal is None else None
+            self.rest()
             return
         if question.window is not None and self.partial is not None:
             self.partial.lost(question.window)
@@ -185,11 +198,11 @@ class Exchange:
 
     def _take_offer(self, content: RecordDict) -> None:
         parts = wire.read_offer(content, self.job.call.want)
-        offer = wire.offer_digest(parts)
+        offer, self.head = wire.offer_digest(parts), wire.read_head(content)
         if self.goal is None and self.job.state == "rejected" and self.job.offer == offer:
             self.next, self.due = "status", time.monotonic() + LONGEST_PAUSE_S
         elif holds(self.job.inbox, parts):
-            self._received(offer)
+            self._received(parts)
         else:
             self.job.enter("fetching", self.clock(), offer=offer)
             self.partial, self.next = Partial(self.job.partial, parts, self.window_bytes), "fetch"
@@ -197,6 +210,9 @@ class Exchange:
 
     def _take_window(self, partial: Partial, window: Window, content: RecordDict) -> None:
         partial.store(window, wire.read_window(content, partial.parts, *window))
+        head = wire.read_head(content)
+        if head and self.head and head.entries > self.head.entries:
+            self.head = head
         self._continue(partial)
 
     def _continue(self, partial: Partial) -> None:
@@ -205,15 +221,21 @@ class Exchange:
         if partial.is_whole:
             partial.finish(self.job.inbox)
             self.partial = None
-            self._received(wire.offer_digest(partial.parts))
+            self._received(partial.parts)
 
-    def _received(self, offer: str) -> None:
-        self.job.enter("received", self.clock(), offer=offer)
+    def _received(self, parts: Sequence[wire.Part]) -> None:
+        self.job.enter("received", self.clock(), offer=wire.offer_digest(parts))
         self.next = "status"
+        if self.sign and self.head:
+            self.receipt = self.sign(self.job, wire.stream_bytes(parts), self.head)
         kinds = sorted(path.name for path in self.job.inbox.iterdir() if path.is_dir())
         folders = tuple(str(self.job.inbox / kind) for kind in kinds)
         if self.goal is not None:
             self._settle(wire.ACCEPTED, Status("ready"), folders)
+
+    def _receipt_taken(self, content: RecordDict) -> None:
+        wire.read_answer(content)
+        self.receipt = None
 
     def _settle(self, code: str, status: Status | None = None, folders: tuple[str, ...] = ()) -> None:
         self.outcome = Outcome(self.job.site.id, self.job.site.domain, code, status, folders)
@@ -221,7 +243,9 @@ class Exchange:
     @property
     def is_over(self) -> bool:
         """Whether there is nothing to ask the site."""
-        return self.outcome is not None or (self.goal is None and self.job.state in OURS | ENDED)
+        return self.receipt is None and (
+            self.outcome is not None or (self.goal is None and self.job.state in OURS | ENDED)
+        )
 
 
 # The talk with all sites --------------------------------------------------------------------------
@@ -323,13 +347,14 @@ def make_server_app(
 
     @server.main()
     def main(grid: Grid, context: Context) -> None:
-        exchanges = [Exchange(job, step, window_bytes) for job in jobs_of(home, newest_call(home))]
+        sign = receipt_maker(home)
+        exchanges = [Exchange(job, step, window_bytes, sign=sign) for job in jobs_of(home, newest_call(home))]
         talk, give_up = Talk(grid), time.monotonic() + node_timeout_s
         told: set[str] = set()
         while len(told) < len(exchanges):
             talk.once(exchanges)
             for exchange in exchanges:
-                outcome = exchange.outcome or _absence(exchange, talk, give_up)
+                outcome = exchange.outcome if exchange.is_over else _absence(exchange, talk, give_up)
                 if outcome is not None and outcome.site not in told:
                     told.add(outcome.site)
                     if report is not None:
@@ -373,10 +398,10 @@ def make_driver_app(
 
     @server.main()
     def main(grid: Grid, context: Context) -> None:
-        talk, calls, exchanges = Talk(grid), Calls(home), list[Exchange]()
+        talk, calls, exchanges, sign = Talk(grid), Calls(home), list[Exchange](), receipt_maker(home)
         while not is_ended():
-            exchanges = [each for each in exchanges if each.job.state not in ENDED]
-            exchanges += [Exchange(job, None, window_bytes) for job in calls.new_jobs()]
+            exchanges = [each for each in exchanges if each.job.state not in ENDED or each.receipt]
+            exchanges += [Exchange(job, None, window_bytes, sign=sign) for job in calls.new_jobs()]
             talk.once(exchanges)
             for exchange in exchanges:
                 _follow_up(exchange, judge)
@@ -413,6 +438,8 @@ def _follow_up(exchange: Exchange, judge: Callable[[Job], None]) -> None:
             log.error("a contribution could not be judged", extra={"site": job.site.id, "code": error.code})
             job.tell(None, code=error.code)
             exchange.rest()
+    elif exchange.receipt is not None:
+        exchange.receipt = None if job.is_over(now) else exchange.receipt
     elif not exchange.is_over and job.is_over(now):
         job.enter("missed", now)
         log.warning("a site missed the call", extra={"site": job.site.id, "call": job.call.id})

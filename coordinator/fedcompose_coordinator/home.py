@@ -10,6 +10,7 @@ from fedcompose.contribution import VerifiedContribution
 from fedcompose.errors import RefusedError
 from fedcompose.federation import Federation
 from fedcompose.files import MAX_JSON_BYTES, read_limited
+from fedcompose.provenance import check_use
 from fedcompose.trust_state import trusted_federation
 from fedcompose_coordinator.config import CoordinatorConfig, load_config
 from fedcompose_coordinator.decisions import deciding
@@ -60,7 +61,13 @@ def received_from(home: Path, federation: Federation) -> list[VerifiedContributi
 
 
 def members_of(home: Path, federation: Federation) -> list[VerifiedContribution]:
-    """What compositions are made from: what was admitted, without the sites that were removed."""
+    """What compositions are made from: what was admitted, without the sites that were removed.
+
+    Raises: RefusedError: `USE_RECIPIENT`, `USE_EXPIRED`, where a site does not let us use its contribution now.
+    """
     from fedcompose_coordinator.membership import members
 
-    return members(home, received_from(home, federation))
+    found, name = members(home, received_from(home, federation)), load_config(home).id
+    for each in found:
+        check_use(each.provenance.use, name, datetime.now(UTC))
+    return found

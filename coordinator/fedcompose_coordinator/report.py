@@ -47,9 +47,10 @@ def write_report(
     provenance: Mapping[str, Any],
     out: Path,
     comparison: Mapping[str, Any] | None = None,
+    evidence: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Write `report.json` and `report.html` into `out`, return the report; equal input gives equal bytes."""
-    report = build_report(evaluation, training, sizes, provenance, comparison)
+    report = build_report(evaluation, training, sizes, provenance, comparison, evidence)
     write_json(out / "report.json", report)
     write_atomic(out / "report.html", page(report).encode())
     return report
@@ -68,12 +69,14 @@ def build_report(
     sizes: Mapping[str, Any],
     provenance: Mapping[str, Any],
     comparison: Mapping[str, Any] | None = None,
+    evidence: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """All numbers: the coordinator's own as they are, the sites' only as far as they make sense."""
     report = {
         **evaluation,
         "schema": SCHEMA,
         "comparison": comparison,
+        **({"evidence": evidence} if evidence else {}),
         "training": {_text(site): _training(log) for site, log in _items(training)},
         "sizes": _sizes(sizes),
         "provenance": _provenance(provenance),

@@ -12,6 +12,7 @@ from fedcompose_coordinator import report_results, report_sites
 from fedcompose_coordinator.headline import domain_names, headline, listed
 from fedcompose_coordinator.markup import Markup, h
 from fedcompose_coordinator.report_comparison import comparison
+from fedcompose_coordinator.report_evidence import evidence
 from fedcompose_coordinator.report_parts import Report, has, number, section, written
 from fedcompose_coordinator.report_style import STYLE
 
@@ -28,7 +29,8 @@ def page(report: Report) -> str:
     """The whole HTML document; equal reports give equal bytes."""
     parts = (
         _summary, report_results.accuracy, report_results.differences, report_results.routing, comparison,
-        report_sites.training, report_sites.sizes, report_sites.provenance, _next_steps, _notes,
+        report_sites.training, report_sites.sizes, report_sites.provenance,
+        evidence, _next_steps, _notes,
     )  # fmt: skip
     return _document("fedcompose report", _header(report), (part(report) for part in parts))
 

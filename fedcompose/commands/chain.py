@@ -123,6 +123,9 @@ def _release_links(release: VerifiedRelease) -> Iterator[Link]:
             f"signed by the site with {_key(key, expert.received_on)}; received {format_time(expert.received_on)}; "
             f"sequence {expert.provenance.sequence}; same base; dirHash {expert.dir_hash[:SHORT]}",
         )
+    for expert in release.experts:
+        if expert.provenance.use is not None:
+            yield Link("terms", expert.site, str(expert.provenance.use))
     yield Link("router", f"{len(release.experts)} experts", "one row each, in this order")
     for site in release.composition.get("masked", ()):
         yield Link("masked", site, "its expert was there in training and is not here; the rest stayed as it was")
@@ -148,6 +151,8 @@ def _contribution_links(found: VerifiedContribution) -> Iterator[Link]:
         f"this federation, own site and domain, to be received before {format_time(claims.expires)}",
     )
     yield Link("base", claims.base.name, f"dirHash {claims.base.dir_hash[:SHORT]}, one of the federation's")
+    if claims.use is not None:
+        yield Link("terms", found.site, str(claims.use))
     if claims.lora is not None:
         targets = ", ".join(claims.lora.targets)
         yield Link(

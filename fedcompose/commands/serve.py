@@ -17,7 +17,7 @@ from fedcompose.errors import ConfigError, MissingError
 from fedcompose.keys import load_signer
 from fedcompose.logs import configure
 from fedcompose.receipt import server_key
-from fedcompose.release import ReceivedRelease, VerifiedRelease, cautions, verify_for_use
+from fedcompose.release import ReceivedRelease, VerifiedRelease, cautions, terms_of, verify_for_use
 
 if TYPE_CHECKING:  # torch takes seconds to import
     from fedcompose.serve.engine import Engine
@@ -125,6 +125,8 @@ def load_engine(release: VerifiedRelease, base: str | None, float32: bool = Fals
 
     for caution in cautions(release, datetime.now(UTC)):
         err.print(f"! {caution}", markup=False, style="yellow")
+    for terms in terms_of(release):
+        err.print(f"To be used as its sites allow: {terms}", markup=False)
     err.print(
         f"Verified. Loading {release.composition['base']['name']} and {len(release.experts)} experts.", markup=False
     )

@@ -48,6 +48,7 @@ from fedcompose.release import (
     ReceivedRelease,
     VerifiedRelease,
     cautions,
+    check_terms,
     judge_today,
     newest_known,
     verify_release,
@@ -184,6 +185,7 @@ def _verified_release(
         newest = newest_known(release)
         check_current(newest, at)
         judge_today(release, newest)
+        check_terms(release, at)
     return release
 
 

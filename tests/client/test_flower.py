@@ -39,7 +39,8 @@ from fedcompose.wire import (
     read_window,
     request,
 )
-from fedcompose_client.flower import ANSWERS, REFUSALS, SITE_ERROR, job_status, make_app
+from fedcompose_client.egress import REFUSALS, SITE_ERROR
+from fedcompose_client.flower import ANSWERS, job_status, make_app
 from fedcompose_client.jobs import Job, decide, jobs, record
 from fedcompose_client.offer import outbox_parts
 from tests.flower_sim import FlowerSim, files_of

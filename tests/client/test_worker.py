@@ -37,6 +37,7 @@ def approved(
     settings = [f"{name} = {value}" for name, value in (TRAINING | training).items()]
     source = '[domains.order.traces]\ngenerator = "logic"\nprompts = 2\n' if traces else ""
     config = (site / "site.toml").read_text().replace("numeric", "yes_no")
+    config = config.replace("[domains", '[calls]\nrelease = "run"\n[domains', 1)
     (site / "site.toml").write_text(config + "\n" + source + "[domains.order.training]\n" + "\n".join(settings))
     accept_call(site, sim.call(), sim.now)
     decide(site, jobs(site)[0].call.id, "approved", sim.now)

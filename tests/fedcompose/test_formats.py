@@ -19,6 +19,7 @@ from pydantic import BaseModel
 from fedcompose import ledger
 from fedcompose.adapter import AdapterConfig, parse_config
 from fedcompose.call import Call, parse_call
+from fedcompose.delivery import Receipt
 from fedcompose.errors import RefusedError
 from fedcompose.explanations import EXPLANATIONS
 from fedcompose.federation import Federation
@@ -75,6 +76,7 @@ PARSERS: dict[str, Callable[[bytes], object]] = {
     "release provenance": parse_release_provenance,
     "ledger entry": parse_ledger,
     "approval": validated(Approval),
+    "receipt": validated(Receipt),
 }
 
 
@@ -119,7 +121,19 @@ def names_in(schema: Any) -> Iterator[str]:
 
 @pytest.mark.parametrize(
     "model",
-    [Federation, Revocations, Enrolment, Invitation, Call, AdapterConfig, Trace, _Statement, Composition, Approval],
+    [
+        Federation,
+        Revocations,
+        Enrolment,
+        Invitation,
+        Call,
+        AdapterConfig,
+        Trace,
+        _Statement,
+        Composition,
+        Approval,
+        Receipt,
+    ],
 )
 def test_every_field_is_mentioned(model: type[BaseModel]) -> None:
     names = set(names_in(model.model_json_schema(by_alias=True)))

@@ -4,7 +4,7 @@ import base64
 import copy
 import json
 from collections.abc import Callable
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pytest
@@ -25,9 +25,11 @@ from fedcompose.provenance import (
     ReleaseProvenance,
     SiteLimits,
     TraceSummary,
+    UseTerms,
     build_provenance,
     build_release_provenance,
     check_limits,
+    check_use,
     parse_provenance,
     parse_release_provenance,
 )
@@ -59,6 +61,7 @@ PRIVATE = ADAPTER.model_copy(
         "dp": DP,
         "audit": AuditStatement(verdict="pass", target="twin", numbers=NUMBERS),
         "limits": SiteLimits(require_audit="pass", max_epsilon=8.0),
+        "use": UseTerms(purpose="research", recipients=("hub",), expires=NOW, contact="office@example.org"),
     }
 )
 TRACES = Provenance(
@@ -103,7 +106,7 @@ def test_claims_survive_the_statement(claims: Provenance) -> None:
 
 def test_what_is_not_claimed_is_not_in_the_statement() -> None:
     parameters = build_provenance(ADAPTER)["predicate"]["buildDefinition"]["externalParameters"]
-    assert not {"dp", "audit", "limits"} & parameters.keys()
+    assert not {"dp", "audit", "limits", "use"} & parameters.keys()
 
 
 @pytest.mark.parametrize(
@@ -112,6 +115,8 @@ def test_what_is_not_claimed_is_not_in_the_statement() -> None:
         ("dp/epsilon", 0), ("dp/epsilon", "8"), ("dp/unit", "row"), ("dp/note", "x"), ("dp/uncounted", ["none"]),
         ("dp/phases", []), ("dp/sampler", "shuffled"), ("audit/verdict", "good"), ("audit/numbers/seed", 7),
         ("audit/numbers/auc", 1.5), ("limits/requireAudit", "maybe"),
+        ("use/recipients", []), ("use/recipients", ["Hub X"]), ("use/expires", "never"), ("use/note", "x"),
+        ("use/contact", ""), ("use/purpose", "a\u202eb"),
     ],
 )  # fmt: skip
 def test_privacy_claims_have_room_for_nothing_else(path: str, value: object) -> None:
@@ -139,6 +144,26 @@ def test_a_sites_own_limits(dp: DpStatement | None, verdict: Any, limits: dict[s
         return
     with pytest.raises(RefusedError) as refusal:
         check_limits(dp, audit, SiteLimits(**limits))
+    assert refusal.value.code == code
+
+
+@pytest.mark.parametrize(
+    ("coordinator", "at", "code"),
+    [
+        ("hub", NOW - timedelta(seconds=1), None),
+        (None, NOW - timedelta(seconds=1), None),
+        ("hub", NOW, "USE_EXPIRED"),
+        (None, NOW, "USE_EXPIRED"),
+        ("another", NOW - timedelta(days=1), "USE_RECIPIENT"),
+    ],
+)
+def test_a_sites_terms(coordinator: str | None, at: datetime, code: str | None) -> None:
+    check_use(None, coordinator, at)
+    if code is None:
+        check_use(PRIVATE.use, coordinator, at)
+        return
+    with pytest.raises(RefusedError) as refusal:
+        check_use(PRIVATE.use, coordinator, at)
     assert refusal.value.code == code
 
 

@@ -312,6 +312,7 @@ base = "{root}/base"
 key = "keys/clinic.key"
 [calls]
 decide = "run"
+release = "run"
 [domains.counting]
 file = "problems.jsonl"
 task = "numeric"

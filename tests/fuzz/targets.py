@@ -28,12 +28,14 @@ from fedcompose.adapter import (
     tensor_name,
 )
 from fedcompose.call import CALL_TYPE, make_call, verify_call
+from fedcompose.delivery import DELIVERY_TYPE, make_receipt, read_receipt
 from fedcompose.drafts import create_federation, enrol
 from fedcompose.errors import FedcomposeError
 from fedcompose.federation import FEDERATION_TYPE, verify_federation
-from fedcompose.files import parse_json
+from fedcompose.files import dump_json, parse_json
 from fedcompose.gates import read_gates, write_gates
 from fedcompose.keys import ENROLMENT_TYPE, load_signer, new_key, read_enrolment
+from fedcompose.ledger import EMPTY
 from fedcompose.provenance import (
     BaseReference,
     Ingredient,
@@ -127,6 +129,14 @@ def targets(folder: Path) -> dict[str, Target]:
         assert verify_call(sign_envelope(found.payload, CALL_TYPE, [hub]), known, "a", NOW) == found
         return found
 
+    receipt = make_receipt(known, hub, NOW, site="a", call="c", offer="0" * 64, bytes=7, ledger=EMPTY)
+
+    def read_receipt_again(envelope: bytes) -> object:
+        found = read_receipt(envelope, known)
+        payload = dump_json(found.model_dump(mode="json", by_alias=True))
+        assert read_receipt(sign_envelope(payload, DELIVERY_TYPE, [hub]), known) == found
+        return found
+
     def read_revocations(envelope: bytes) -> object:
         found = verify_revocations(envelope, known)
         again = sign_envelope(found.model_dump_json(by_alias=True).encode(), REVOCATIONS_TYPE, [root])
@@ -147,6 +157,8 @@ def targets(folder: Path) -> dict[str, Target]:
         "federation": Target("json", _payload(federation_file), _signed(FEDERATION_TYPE, root, read_federation)),
         "call file": Target("json", call, read_call, courier=True),
         "call": Target("json", _payload(call), _signed(CALL_TYPE, hub, read_call)),
+        "receipt file": Target("json", receipt, read_receipt_again, courier=True),
+        "receipt": Target("json", _payload(receipt), _signed(DELIVERY_TYPE, hub, read_receipt_again)),
         "revocations file": Target("json", withdrawn, read_revocations, courier=True),
         "revocations": Target("json", _payload(withdrawn), _signed(REVOCATIONS_TYPE, root, read_revocations)),
         "enrolment file": Target("json", enrolment, read_enrolment, courier=True),
