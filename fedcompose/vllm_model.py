@@ -42,6 +42,8 @@ def _make_class() -> Any:
     class Experts(nn.Module):
         """The experts of one layer, for gate and up from the MLP's input and for down from what it makes of it."""
 
+        owners: Tensor
+
         def __init__(self, hidden: int, wide: int, ranks: list[int]) -> None:
             super().__init__()
             rows, owners = sum(ranks), torch.arange(len(ranks)).repeat_interleave(torch.tensor(ranks))
