@@ -11,7 +11,7 @@ PROJECTS := pyproject.toml client/pyproject.toml coordinator/pyproject.toml
 export OMP_WAIT_POLICY := PASSIVE
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test federation check format docs wheels interop fuzz lock clean
+.PHONY: help install demo test federation faults check format docs wheels interop fuzz lock clean
 
 help:  ## this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## */  make \1\t/' | expand -t 18
@@ -38,12 +38,14 @@ $(VENV)/.installed: $(VENV)/.python $(PROJECTS) constraints.txt
 demo: install  ## three sites, one coordinator, a signed release, on this machine (about 16 minutes)
 	$(BIN)/fedcompose demo $(DEMO)
 
-test: install interop  ## all tests (about five minutes)
+test: install interop  ## all tests that are not slow (about nine minutes)
 	FEDCOMPOSE_INTEROP_PYTHON=$(CURDIR)/$(INTEROP)/bin/python $(BIN)/python -m pytest $(TESTS)
 
-federation: install  ## the slow tests: a first day, hostile parties, kills, with real SuperLinks and SuperNodes
-	$(BIN)/python -m pytest -m slow tests/flow/test_three_organisations.py tests/flow/test_superlink.py \
-	  tests/flow/test_faults.py tests/hostile
+federation: install  ## a first day and hostile parties, with real SuperLinks and SuperNodes (about ten minutes)
+	$(BIN)/python -m pytest -m slow tests/flow/test_three_organisations.py tests/flow/test_superlink.py tests/hostile
+
+faults: install  ## kill every process and cut every line of a federation once (about half an hour)
+	$(BIN)/python -m pytest -m slow tests/flow/test_faults.py
 
 check: install  ## lint, format, types, import contracts, and whether the generated docs are fresh
 	$(BIN)/ruff check
