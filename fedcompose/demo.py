@@ -61,8 +61,8 @@ SCENARIOS = (
     ),
 )
 TRAINING = {"warm_up_steps": 12, "steps": 36}
-QUICK_TRAINING = {"warm_up_steps": 6, "steps": 2, "validation_count": 20, "test_count": 20}
-QUICK_TRACE_PROMPTS = 40
+QUICK_TRAINING = {"warm_up_steps": 5, "steps": 2, "validation_count": 12, "test_count": 12}
+QUICK_TRACE_PROMPTS = 32
 
 
 @dataclass
@@ -230,7 +230,7 @@ def _adapt_coordinator(demo: Demo) -> None:
     """The demo's settings and the domains' public generators, typed into `coordinator.toml`."""
     path = demo.out / "coordinator" / "coordinator.toml"
     settings = {"processes": 2, "seed": demo.seed, "max_new_tokens": 28, "steps": 44, "batch": 3 * len(demo.scenarios)}
-    settings |= {"steps": 6, "prompts_per_domain": 20} if demo.quick else {}
+    settings |= {"steps": 5, "prompts_per_domain": 12} if demo.quick else {}
     text = with_settings(path.read_text(), settings)
     for scenario in demo.scenarios:
         config = ", ".join(f"{key} = {json.dumps(value)}" for key, value in scenario.config.items())

@@ -7,9 +7,11 @@ and could not say so. Each child leads a process group of its own; what it start
 from __future__ import annotations
 
 import fcntl
+import logging
 import os
 import signal
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -18,7 +20,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO
 
-from fedcompose.errors import ConfigError
+from fedcompose import logs
+from fedcompose.errors import ConfigError, FedcomposeError
+
+log = logging.getLogger(__name__)
 
 PARENT = "FEDCOMPOSE_PARENT"
 
@@ -44,6 +49,17 @@ def follow_parent() -> None:
     parent = os.environ.pop(PARENT, None)
     if parent is not None:
         threading.Thread(target=_watch, args=(int(parent),), daemon=True, name="follow-parent").start()
+
+
+def be_child(name: str, work: Callable[[Path], None]) -> None:
+    """Be the program `python -m MODULE FOLDER` that another one supervises, and whose end it does not outlive."""
+    logs.configure(name)
+    follow_parent()
+    try:
+        work(Path(sys.argv[1]))
+    except FedcomposeError as failure:
+        log.error("cannot go on", extra={"code": failure.code})
+        sys.exit(failure.exit_status)
 
 
 def _watch(parent: int) -> None:

@@ -39,19 +39,15 @@ from fedcompose_client.jobs import Decision, Job, call_path, decide, keep, read_
 
 log = logging.getLogger(__name__)
 
-SITE_DIR = "site-dir"  # in the SuperNode's own `--node-config`, which the other side neither sees nor sets
 PROGRESS_TAIL_BYTES = 64 * 1024
 
 DECISIONS: Mapping[str, Decision] = {"run": "approved", "refuse": "refused"}  # what site.toml may decide beforehand
 
 
 class SiteApp(ClientApp):
-    """A ClientApp with a closed list of actions, whose errors leave as codes.
+    """A ClientApp with a closed list of actions, whose errors leave as codes."""
 
-    Without a folder it takes the one in the SuperNode's own `--node-config`.
-    """
-
-    def __init__(self, folder: Path | None, clock: Callable[[], datetime]) -> None:
+    def __init__(self, folder: Path, clock: Callable[[], datetime]) -> None:
         super().__init__()
         self._folder = folder
         self._clock = clock
@@ -59,7 +55,7 @@ class SiteApp(ClientApp):
     @property
     def site(self) -> str:
         """The name of the site whose folder this is."""
-        return load_config(self._folder or Path()).id
+        return load_config(self._folder).id
 
     def __call__(self, message: Message, context: Context) -> Message:
         """The answer to one message, whatever happens; without a ledger to write it into there is none.
@@ -67,8 +63,7 @@ class SiteApp(ClientApp):
         Raises: SilenceError.
         """
         try:
-            folder = self._folder or Path(str(context.node_config[SITE_DIR]))
-            return Message(self._answer(folder, message), reply_to=message)
+            return Message(self._answer(message), reply_to=message)
         except Exception:  # the outermost frame of a site: what passes here, Flower sends to the other side as text
             log.exception("nothing can be answered")
         raise SilenceError
@@ -78,10 +73,10 @@ class SiteApp(ClientApp):
 
         Raises: RefusedError, MissingError: when the ledger cannot be written.
         """
-        return Message(egress.send(self._folder or Path(), Code(code), self._clock()), reply_to=message)
+        return Message(egress.send(self._folder, Code(code), self._clock()), reply_to=message)
 
-    def _answer(self, folder: Path, message: Message) -> RecordDict:
-        now = self._clock()
+    def _answer(self, message: Message) -> RecordDict:
+        folder, now = self._folder, self._clock()
         try:
             act = ANSWERS.get(message.metadata.message_type)
             if act is None:
@@ -100,12 +95,9 @@ class SilenceError(Exception):
     """A message stays without an answer. It has no text, for Flower would send it."""
 
 
-def make_app(site_dir: Path | None, clock: Callable[[], datetime] = lambda: datetime.now(UTC)) -> SiteApp:
-    """The ClientApp of the site in `site_dir`, or of the one that a SuperNode's `site-dir` names."""
-    return SiteApp(site_dir, clock)
-
-
-app = make_app(None)  # what a SuperNode runs
+def make_app(site: Path, clock: Callable[[], datetime] = lambda: datetime.now(UTC)) -> SiteApp:
+    """The ClientApp of the site in this folder."""
+    return SiteApp(site, clock)
 
 
 # The six actions ----------------------------------------------------------------------------------

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import logging
 import os
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -19,9 +18,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from fedcompose import logs
-from fedcompose.errors import FedcomposeError
-from fedcompose.supervision import follow_parent
+from fedcompose.supervision import be_child
 from fedcompose.wire import Context, Grid, TaskIdentity
 from fedcompose_coordinator.approvals import read_rule
 from fedcompose_coordinator.door import read_door
@@ -130,10 +127,4 @@ def _end_when_the_door_moves(home: Path, door: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    logs.configure("driver")
-    follow_parent()
-    try:
-        drive(Path(sys.argv[1]))
-    except FedcomposeError as failure:
-        log.error("cannot follow the calls", extra={"code": failure.code})
-        sys.exit(failure.exit_status)
+    be_child("driver", drive)

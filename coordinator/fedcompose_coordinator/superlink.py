@@ -18,7 +18,6 @@ import logging
 import secrets
 import signal
 import socket
-import sys
 from collections.abc import Awaitable, Callable, Iterator, MutableMapping
 from contextlib import contextmanager
 from datetime import UTC, datetime
@@ -26,14 +25,11 @@ from email.utils import formatdate
 from pathlib import Path
 from typing import Any, Literal
 
-from fedcompose import (
-    logs,
-    wire,  # noqa: F401 - sets Flower's switches before Flower is imported
-)
+from fedcompose import wire  # noqa: F401 - sets Flower's switches before Flower is imported
 from fedcompose.errors import ConfigError, FedcomposeError
 from fedcompose.federation import Federation
 from fedcompose.files import MAX_JSON_BYTES, read_limited
-from fedcompose.supervision import follow_parent
+from fedcompose.supervision import be_child
 from fedcompose.trust_state import trusted_federation
 from fedcompose_coordinator.config import load_config
 from fedcompose_coordinator.door import FLOWER, write_door
@@ -305,10 +301,4 @@ def _port(listener: socket.socket) -> int:
 
 
 if __name__ == "__main__":
-    logs.configure("superlink")
-    follow_parent()
-    try:
-        serve(Path(sys.argv[1]))
-    except FedcomposeError as failure:
-        log.error("cannot serve", extra={"code": failure.code})
-        sys.exit(failure.exit_status)
+    be_child("superlink", serve)

@@ -83,6 +83,13 @@ def create_app(
     app.exception_handler(FedcomposeError)(_refused)
     app.exception_handler(HTTPException)(_http_error)
     app.exception_handler(Exception)(_broken)
+    _add_operations(app, engine, door, metrics)
+    _add_answers(app, engine, signer, metrics)
+    return app
+
+
+def _add_operations(app: FastAPI, engine: Engine, door: Door, metrics: Metrics) -> None:
+    """The page, and what people and programs that run the server ask for."""
     page = (files("fedcompose.serve") / "page" / "index.html").read_text("utf-8")
 
     @app.get("/", response_class=HTMLResponse)
@@ -108,6 +115,10 @@ def create_app(
     @app.get("/release")
     async def card() -> dict[str, Any]:
         return release_card(engine.release, datetime.now(UTC))
+
+
+def _add_answers(app: FastAPI, engine: Engine, signer: Signer | None, metrics: Metrics) -> None:
+    """The endpoints of OpenAI's API."""
 
     @app.get("/v1/models")
     async def models() -> dict[str, Any]:
@@ -157,8 +168,6 @@ def create_app(
     def sign(name: str, model: str, answer: Answer) -> Any:
         receipt = make_receipt(engine.release, name, model, answer.text, answer.counts, datetime.now(UTC))
         return document(sign_receipt(receipt, cast(Signer, signer)))
-
-    return app
 
 
 def model_cards(engine: Engine) -> list[dict[str, Any]]:

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import tempfile
-import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import uvicorn
 
 from fedcompose.serve import engine as engine_module
 from fedcompose.serve.app import create_app
 from fedcompose.serve.engine import Engine
 from fedcompose.serve.limits import Door, read_api_keys
 from tests.browser import CHROMIUM, Browser, browser
+from tests.fedcompose.serve.serving import served
 
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")
 KEY = "k" * 24
@@ -26,7 +25,8 @@ def url(engine: Engine, tmp_path_factory: pytest.TempPathFactory) -> Iterator[st
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("FEDCOMPOSE_HOME", str(tmp_path_factory.mktemp("home")))
         patch.setattr(engine_module, "DEFAULT_MAX_TOKENS", 24)
-        yield from serving(engine, Door())
+        with served(create_app(engine)) as url:
+            yield url
 
 
 @pytest.fixture(scope="module")
@@ -35,18 +35,6 @@ def page(url: str) -> Iterator[Browser]:
         page.open(url)
         page.wait("document.querySelectorAll('.expert').length == 2")
         yield page
-
-
-def serving(engine: Engine, door: Door) -> Iterator[str]:
-    config = uvicorn.Config(create_app(engine, door=door), port=0, log_level="error", ws="none", lifespan="off")
-    server = uvicorn.Server(config)
-    thread = threading.Thread(target=server.run)
-    thread.start()
-    while not server.started:
-        time.sleep(0.01)
-    yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
-    server.should_exit = True
-    thread.join()
 
 
 def ask(page: Browser, text: str, model: str = "auto", beside: str = "") -> None:
@@ -155,13 +143,16 @@ def test_where_keys_are_wanted_it_asks_for_one(engine: Engine, tmp_path: Path, m
     keys.write_text(f"me {KEY}\n")
     keys.chmod(0o600)
     monkeypatch.setattr(engine_module, "DEFAULT_MAX_TOKENS", 24)
-    for url in serving(engine, Door(keys=read_api_keys(keys))):
-        with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as profile, browser(Path(profile)) as page:
-            page.open(url)
-            page.wait("document.getElementById('asking').open")
-            page.js("document.getElementById('key').focus()")
-            page.type(KEY)
-            page.press("Enter")
-            page.wait("document.querySelectorAll('.expert').length == 2")
-            ask(page, "Hello you")
-            assert page.js("document.querySelectorAll('.token').length") > 10
+    with (
+        served(create_app(engine, door=Door(keys=read_api_keys(keys)))) as url,
+        tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as profile,
+        browser(Path(profile)) as page,
+    ):
+        page.open(url)
+        page.wait("document.getElementById('asking').open")
+        page.js("document.getElementById('key').focus()")
+        page.type(KEY)
+        page.press("Enter")
+        page.wait("document.querySelectorAll('.expert').length == 2")
+        ask(page, "Hello you")
+        assert page.js("document.querySelectorAll('.token').length") > 10
