@@ -17,8 +17,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.serialization import Encoding
 
-from fedcompose import ledger
+from fedcompose import ledger, receipt
 from fedcompose.adapter import (
     StoredTensor,
     canonical_safetensors,
@@ -34,6 +38,7 @@ from fedcompose.errors import FedcomposeError
 from fedcompose.federation import FEDERATION_TYPE, verify_federation
 from fedcompose.files import dump_json, parse_json
 from fedcompose.gates import read_gates, write_gates
+from fedcompose.invitation import INVITATION_TYPE, make_invitation, read_invitation
 from fedcompose.keys import ENROLMENT_TYPE, load_signer, new_key, read_enrolment
 from fedcompose.ledger import EMPTY
 from fedcompose.provenance import (
@@ -129,12 +134,27 @@ def targets(folder: Path) -> dict[str, Target]:
         assert verify_call(sign_envelope(found.payload, CALL_TYPE, [hub]), known, "a", NOW) == found
         return found
 
-    receipt = make_receipt(known, hub, NOW, site="a", call="c", offer="0" * 64, bytes=7, ledger=EMPTY)
+    delivery = make_receipt(known, hub, NOW, site="a", call="c", offer="0" * 64, bytes=7, ledger=EMPTY)
 
-    def read_receipt_again(envelope: bytes) -> object:
+    def read_delivery(envelope: bytes) -> object:
         found = read_receipt(envelope, known)
         payload = dump_json(found.model_dump(mode="json", by_alias=True))
         assert read_receipt(sign_envelope(payload, DELIVERY_TYPE, [hub]), known) == found
+        return found
+
+    invitation = make_invitation(known, hub, "hub.example.org:9443", _certificate(), NOW)
+
+    def read_invited(envelope: bytes) -> object:
+        found = read_invitation(envelope, known, NOW)
+        payload = dump_json(found.model_dump(mode="json", by_alias=True))
+        assert read_invitation(sign_envelope(payload, INVITATION_TYPE, [hub]), known, NOW) == found
+        return found
+
+    answer = receipt.sign_receipt(receipt.Receipt.model_validate_json(json.dumps(_receipt())), hub)
+
+    def read_answer(envelope: bytes) -> object:
+        found = receipt.verify_receipt(envelope, [hub.public_pem])
+        assert receipt.verify_receipt(receipt.sign_receipt(found, hub), [hub.public_pem]) == found
         return found
 
     def read_revocations(envelope: bytes) -> object:
@@ -157,8 +177,12 @@ def targets(folder: Path) -> dict[str, Target]:
         "federation": Target("json", _payload(federation_file), _signed(FEDERATION_TYPE, root, read_federation)),
         "call file": Target("json", call, read_call, courier=True),
         "call": Target("json", _payload(call), _signed(CALL_TYPE, hub, read_call)),
-        "receipt file": Target("json", receipt, read_receipt_again, courier=True),
-        "receipt": Target("json", _payload(receipt), _signed(DELIVERY_TYPE, hub, read_receipt_again)),
+        "delivery file": Target("json", delivery, read_delivery, courier=True),
+        "delivery": Target("json", _payload(delivery), _signed(DELIVERY_TYPE, hub, read_delivery)),
+        "invitation file": Target("json", invitation, read_invited, courier=True),
+        "invitation": Target("json", _payload(invitation), _signed(INVITATION_TYPE, hub, read_invited)),
+        "receipt file": Target("json", answer, read_answer, courier=True),
+        "receipt": Target("json", _payload(answer), _signed(receipt.RECEIPT_TYPE, hub, read_answer)),
         "revocations file": Target("json", withdrawn, read_revocations, courier=True),
         "revocations": Target("json", _payload(withdrawn), _signed(REVOCATIONS_TYPE, root, read_revocations)),
         "enrolment file": Target("json", enrolment, read_enrolment, courier=True),
@@ -312,6 +336,31 @@ def _release_claims() -> ReleaseProvenance:
     return ReleaseProvenance(
         **shared, base=_claims().base, finished=NOW, coordinator="hub", method="hard", ingredients=(entry,)
     )
+
+
+def _receipt() -> dict[str, Any]:
+    return {
+        "schema": "fedcompose/receipt/v1",
+        "id": "chatcmpl-1",
+        "written": "2026-11-20T09:00:00Z",
+        "model": "auto",
+        "federation": FEDERATION,
+        "release": "1" * 64,
+        "router": "2" * 64,
+        "base": "3" * 64,
+        "experts": [{"site": "a", "domain": "clock", "dirHash": "4" * 64, "tokens": 5}],
+        "baseTokens": 2,
+        "mergedTokens": 0,
+        "tokens": 7,
+        "answer": "5" * 64,
+    }
+
+
+def _certificate() -> bytes:
+    """Of an authority that has signed itself."""
+    key, name = ec.generate_private_key(ec.SECP256R1()), x509.Name([])
+    builder = x509.CertificateBuilder(name, name, key.public_key(), 1, NOW, NOW + timedelta(days=9))
+    return builder.sign(key, hashes.SHA256()).public_bytes(Encoding.PEM)
 
 
 def _composition() -> dict[str, Any]:

@@ -11,7 +11,8 @@ from tests.fuzz.mutation import mutated
 from tests.fuzz.targets import Target, targets
 
 NAMES = (
-    "bundle", "statement", "federation file", "federation", "call file", "call", "receipt file", "receipt",
+    "bundle", "statement", "federation file", "federation", "call file", "call", "delivery file", "delivery",
+    "invitation file", "invitation", "receipt file", "receipt",
     "revocations file", "revocations", "enrolment file", "enrolment", "provenance", "release provenance",
     "composition", "configuration", "weights", "router", "gates", "traces", "ledger", "public key", "json",
 )  # fmt: skip
