@@ -74,6 +74,7 @@ class Demo:
     quick: bool = False
     base: str = BASE
     scenarios: Sequence[Scenario] = SCENARIOS
+    trace_prompts: int = 96  # that each expert is sampled on, for its traces
     on_start: Callable[[str, str], None] = lambda step, command: None
     running: dict[str, tuple[Path, float]] = field(default_factory=dict)
 
@@ -220,7 +221,8 @@ def _adapt_site(demo: Demo, scenario: Scenario) -> None:
     )
     text = with_settings(path.read_text(), settings)
     config = ", ".join(f"{key} = {json.dumps(value)}" for key, value in scenario.config.items())
-    source = f"config = {{ {config} }}\n" + (f"prompts = {QUICK_TRACE_PROMPTS}\n" if demo.quick else "")
+    prompts = QUICK_TRACE_PROMPTS if demo.quick else demo.trace_prompts
+    source = f"config = {{ {config} }}\nprompts = {prompts}\n"
     generator = f'generator = "{scenario.generator}"\n'
     text = text.replace(generator, generator + source)
     write_atomic(path, text.encode())
