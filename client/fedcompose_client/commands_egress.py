@@ -128,7 +128,7 @@ def keep(
     receipt = read_receipt(envelope, federation)
     if receipt.site != config.id:
         raise RefusedError("DELIVERY_INVALID", "the receipt is for another site", expected=config.id, got=receipt.site)
-    keep_receipt(site, envelope, receipt, read_job(site, receipt.call).offer)
+    keep_receipt(site, envelope, receipt)
     if as_json:
         print_json({"call": receipt.call, "bytes": receipt.bytes})
         return

@@ -82,23 +82,35 @@ def departures(site: Path, federation: Federation | None) -> Departures:
     return Departures(entries, receipts)
 
 
-def keep_receipt(site: Path, envelope: bytes, receipt: Receipt, offer: str | None) -> None:
-    """Keep the coordinator's receipt for the offer of a call, if it speaks of this ledger as it is.
+def keep_receipt(site: Path, envelope: bytes, receipt: Receipt) -> None:
+    """Keep the coordinator's receipt for the whole of an offer that left here, if it speaks of this ledger as it is.
+
+    It may come late, and again; an offer's first receipt stays.
 
     Raises: RefusedError: `DELIVERY_INVALID`, and what `departures` raises.
     """
     entries = ledger.verify(site / LEDGER_FILE)
     known = receipt.ledger.entries
-    if receipt.offer != offer or not 0 < known <= len(entries) or entries[known - 1].sha256 != receipt.ledger.head:
+    is_head = 0 < known <= len(entries) and entries[known - 1].sha256 == receipt.ledger.head
+    if not is_head or not _was_announced(entries, receipt):
         raise RefusedError("DELIVERY_INVALID", "the receipt is for something else than what left here")
     _check_covered(entries, receipt)
-    write_atomic(site / "receipts" / f"{receipt.call}-{receipt.offer[:16]}.json", envelope)
+    path = site / "receipts" / f"{receipt.call}-{receipt.offer[:16]}.json"
+    if path.exists() and read_limited(path, MAX_RECEIPT_BYTES) != envelope:
+        raise RefusedError("DELIVERY_INVALID", f"another receipt for this offer is kept already, in {path.name}")
+    write_atomic(path, envelope)
 
 
 def kept_receipts(site: Path, federation: Federation) -> list[Receipt]:
     """Every receipt that is kept here, its signature checked again."""
     paths = sorted((site / "receipts").glob("*.json"))
     return [read_receipt(read_limited(path, MAX_RECEIPT_BYTES), federation) for path in paths]
+
+
+def _was_announced(entries: Iterable[Entry], receipt: Receipt) -> bool:
+    """Whether this many bytes were offered, under this digest and for this call."""
+    offer = {"call": receipt.call, "offer": receipt.offer, "total": receipt.bytes}
+    return any(entry.event == "offer" and offer.items() <= entry.fields.items() for entry in entries)
 
 
 def _check_covered(entries: Iterable[Entry], receipt: Receipt) -> None:

@@ -144,7 +144,7 @@ def take_receipt(folder: Path, fields: Mapping[str, Any], now: datetime) -> Outg
     receipt = read_receipt(envelope, _federation(folder, config, now))
     if (receipt.site, receipt.call) != (config.id, job.call.id):
         raise RefusedError("DELIVERY_INVALID", "the receipt is for another site or another call")
-    keep_receipt(folder, envelope, receipt, job.offer)
+    keep_receipt(folder, envelope, receipt)
     return Code(wire.ACCEPTED)
 
 

@@ -26,13 +26,13 @@ from fedcompose.ledger import Head
 from fedcompose.wire import Action, Context, Grid, Message, RecordDict, ServerApp, Status
 from fedcompose_coordinator.jobs import ENDED, OURS, Job, call_paths, jobs_of
 from fedcompose_coordinator.partial import Partial, Window, holds
-from fedcompose_coordinator.receipts import receipt_maker
+from fedcompose_coordinator.receipts import owed, receipt_for, taken
 
 log = logging.getLogger(__name__)
 
 Step = Literal["call", "collect"]
 Ask = Literal["describe", "call", "status", "offer", "fetch"]
-Sign = Callable[[Job, int, Head], bytes | None]  # a receipt for so many bytes of the job's offer
+Sign = Callable[[Job, Sequence[wire.Part], Head], bytes | None]  # the receipt for all these files of an offer
 
 FETCHED_AT_A_TIME = 4  # sites; each may have two windows of its contribution on the way
 ASKED_AT_A_TIME = 64  # sites
@@ -98,6 +98,7 @@ class Exchange:
     def __post_init__(self) -> None:
         if self.goal == "collect" or (self.goal is None and self.job.is_accepted):
             self.next = "status"
+        self.receipt = owed(self.job, self.clock())
 
     # Asking
 
@@ -224,10 +225,10 @@ class Exchange:
             self._received(partial.parts)
 
     def _received(self, parts: Sequence[wire.Part]) -> None:
+        if self.sign and self.head:  # before that is written down: what is received has its receipt
+            self.receipt = self.sign(self.job, parts, self.head)
         self.job.enter("received", self.clock(), offer=wire.offer_digest(parts))
         self.next = "status"
-        if self.sign and self.head:
-            self.receipt = self.sign(self.job, wire.stream_bytes(parts), self.head)
         kinds = sorted(path.name for path in self.job.inbox.iterdir() if path.is_dir())
         folders = tuple(str(self.job.inbox / kind) for kind in kinds)
         if self.goal is not None:
@@ -235,6 +236,7 @@ class Exchange:
 
     def _receipt_taken(self, content: RecordDict) -> None:
         wire.read_answer(content)
+        taken(self.job, self.clock())
         self.receipt = None
 
     def _settle(self, code: str, status: Status | None = None, folders: tuple[str, ...] = ()) -> None:
@@ -347,8 +349,7 @@ def make_server_app(
 
     @server.main()
     def main(grid: Grid, context: Context) -> None:
-        sign = receipt_maker(home)
-        exchanges = [Exchange(job, step, window_bytes, sign=sign) for job in jobs_of(home, newest_call(home))]
+        exchanges = [Exchange(job, step, window_bytes, sign=receipt_for) for job in jobs_of(home, newest_call(home))]
         talk, give_up = Talk(grid), time.monotonic() + node_timeout_s
         told: set[str] = set()
         while len(told) < len(exchanges):
@@ -398,10 +399,10 @@ def make_driver_app(
 
     @server.main()
     def main(grid: Grid, context: Context) -> None:
-        talk, calls, exchanges, sign = Talk(grid), Calls(home), list[Exchange](), receipt_maker(home)
+        talk, calls, exchanges = Talk(grid), Calls(home), list[Exchange]()
         while not is_ended():
             exchanges = [each for each in exchanges if each.job.state not in ENDED or each.receipt]
-            exchanges += [Exchange(job, None, window_bytes, sign=sign) for job in calls.new_jobs()]
+            exchanges += [Exchange(job, None, window_bytes, sign=receipt_for) for job in calls.new_jobs()]
             talk.once(exchanges)
             for exchange in exchanges:
                 _follow_up(exchange, judge)
@@ -419,13 +420,14 @@ class Calls:
     looked: float = -JOBS_EVERY_S
 
     def new_jobs(self) -> list[Job]:
-        """The jobs that have not ended, of calls not found before."""
+        """The jobs that have not ended, or whose site still lacks its receipt, of calls not found before."""
         if time.monotonic() - self.looked < JOBS_EVERY_S:
             return []
         self.looked = time.monotonic()
         new = set(call_paths(self.home)) - self.known
         self.known |= new
-        return [job for path in sorted(new) for job in jobs_of(self.home, path) if job.state not in ENDED]
+        found, now = [job for path in sorted(new) for job in jobs_of(self.home, path)], datetime.now(UTC)
+        return [job for job in found if job.state not in ENDED or owed(job, now)]
 
 
 def _follow_up(exchange: Exchange, judge: Callable[[Job], None]) -> None:

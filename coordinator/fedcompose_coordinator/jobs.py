@@ -112,7 +112,7 @@ def call_paths(home: Path) -> Sequence[Path]:
 
 
 def read_seen(path: Path) -> dict[str, Any]:
-    """What was last seen of a job; nothing if that cannot be read, for nothing is decided by it."""
+    """What was last seen of a job; nothing if that cannot be read: it decides whether a receipt is sent once more."""
     try:
         found = read_json(path)
     except FedcomposeError:

@@ -308,7 +308,28 @@ def test_a_receipt_for_something_else_is_not_kept(sent: FlowerSim, site: Path, c
     before = sorted(path.read_bytes() for path in (site / "receipts").iterdir())
     assert answered(sent, site, receipt(sent, site, **changes)) == "DELIVERY_INVALID"
     assert sorted(path.read_bytes() for path in (site / "receipts").iterdir()) == before
-    assert answered(sent, site, receipt(sent, site)) == "ACCEPTED"
+    assert answered(sent, site, before[0]) == "ACCEPTED"
+    assert sorted(path.read_bytes() for path in (site / "receipts").iterdir()) == before
+
+
+def test_the_first_receipt_for_an_offer_stays(sent: FlowerSim, site: Path) -> None:
+    kept = next((site / "receipts").iterdir())
+    first, second = kept.read_bytes(), receipt(sent, site)
+    assert first != second
+    assert answered(sent, site, second) == "DELIVERY_INVALID"
+    assert kept.read_bytes() == first
+    kept.unlink()
+    assert answered(sent, site, second) == "ACCEPTED"
+
+
+def test_a_receipt_may_come_after_the_next_contribution_was_signed(sent: FlowerSim, site: Path) -> None:
+    kept = next((site / "receipts").iterdir())
+    late = kept.read_bytes()
+    kept.unlink()
+    sent.outbox("site-a").joinpath("adapter/model.sig").write_bytes(b"signed anew")
+    sent.sign("site-a")
+    assert answered(sent, site, late) == "ACCEPTED"
+    assert kept.read_bytes() == late
 
 
 def test_a_receipt_that_nobody_of_the_federation_signed_is_not_kept(sent: FlowerSim, site: Path) -> None:

@@ -215,7 +215,7 @@ def test_hands_over_nothing_for_a_call_that_was_refused(called: FlowerSim, actio
     assert code(ask(called, action, window(called))) == "NOT_READY"
 
 
-@pytest.mark.parametrize("action", ["status", "offer", "fetch"])
+@pytest.mark.parametrize("action", ["status", "offer", "fetch", "receipt"])
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
@@ -291,7 +291,7 @@ def test_refuses_every_other_action(called: FlowerSim, action: str) -> None:
 @pytest.mark.parametrize(
     "content", [RecordDict(), RecordDict({"request": ConfigRecord()})], ids=["no-record", "no-fields"]
 )
-@pytest.mark.parametrize("action", ["call", "status", "offer", "fetch"])
+@pytest.mark.parametrize("action", ["call", "status", "offer", "fetch", "receipt"])
 def test_refuses_messages_of_another_form(called: FlowerSim, action: str, content: RecordDict) -> None:
     assert code(ask(called, action, content)) == "MESSAGE_INVALID"
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import time
 from collections.abc import Callable
 from datetime import timedelta
@@ -164,7 +165,62 @@ def test_what_had_come_when_the_driver_died_is_judged_by_the_next_one(sim: Flowe
         drive(sim, [CountingApp(sim, "site-a")], lambda: False, die)
     app = CountingApp(sim, "site-a")
     drive(sim, [app], reached(sim, "admitted", "asked"))
-    assert app.asked == []
+    assert set(app.asked) <= {"receipt"}
+
+
+def kept(folder: Path) -> list[bytes]:
+    """The receipts in the folder of a site or of the coordinator."""
+    return [path.read_bytes() for path in sorted((folder / "receipts").glob("*.json"))]
+
+
+class LosingApp(CountingApp):
+    """A site whose answer to its first receipt is lost, or which never heard of that receipt."""
+
+    def __init__(self, sim: FlowerSim, lost: str) -> None:
+        super().__init__(sim, "site-a", lambda action, n: lost == "message" and (action, n) == ("receipt", 1))
+
+    def __call__(self, message: Message, context: Context) -> Message:
+        reply = super().__call__(message, context)
+        if self.asked[-1] == "receipt":
+            raise ConnectionError
+        return reply
+
+
+@pytest.mark.parametrize("lost", ["message", "answer"])
+def test_a_receipt_that_was_lost_comes_later_with_the_same_bytes(sim: FlowerSim, lost: str) -> None:
+    asked_and_signed(sim)
+    app = LosingApp(sim, lost)
+    drive(sim, [app], lambda: "receipt" in app.asked and states(sim)["site-a"] == "admitted")
+    (signed,) = kept(sim.home)
+    assert kept(sim.folder("site-a")) == ([signed] if lost == "answer" else [])
+    app, (first, *_) = CountingApp(sim, "site-a"), call_paths(sim.home)
+    drive(sim, [app], lambda: "receipt" in jobs_of(sim.home, first)[0].seen)
+    assert kept(sim.folder("site-a")) == kept(sim.home) == [signed]
+    sim.call(now=sim.now + timedelta(seconds=1), nonce=bytes(32))
+    drive(sim, [app], lambda: "call" in app.asked)
+    assert app.asked.count("receipt") == 1, "what the site has taken is not sent again"
+
+
+def test_every_offer_has_one_receipt_even_if_the_next_is_signed_before_it_comes(sim: FlowerSim) -> None:
+    asked_and_signed(sim)
+    app = LosingApp(sim, "message")
+    drive(sim, [app], lambda: "receipt" in app.asked)
+    (first,) = kept(sim.home)
+    (sim.outbox("site-a") / "adapter" / "model.sig").write_bytes(b"signed again")
+    sim.sign("site-a")
+    sim.run("collect", apps=[CountingApp(sim, "site-a")])
+    assert kept(sim.folder("site-a")) == kept(sim.home)
+    assert len(kept(sim.home)) == 2 and first in kept(sim.home)
+
+
+def test_collecting_again_brings_the_receipt_that_was_lost(sim: FlowerSim) -> None:
+    asked_and_signed(sim)
+    assert sim.run("collect", apps=[LosingApp(sim, "message")])["site-a"].code == "ACCEPTED"
+    signed = kept(sim.home)
+    shutil.rmtree(sim.home / "inbox")  # it was admitted, say, and all of it is fetched again
+    assert not kept(sim.folder("site-a"))
+    sim.run("collect", apps=[CountingApp(sim, "site-a")])
+    assert kept(sim.folder("site-a")) == kept(sim.home) == signed
 
 
 def test_what_lies_in_the_inbox_already_is_not_sent_again(sim: FlowerSim) -> None:

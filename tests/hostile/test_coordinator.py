@@ -19,9 +19,11 @@ from typing import Any
 import pytest
 
 from fedcompose.call import CALL_TYPE, read_own_call
+from fedcompose.delivery import DELIVERY_TYPE, make_receipt
 from fedcompose.files import dump_json, write_atomic
+from fedcompose.ledger import Head
 from fedcompose.parts import offer_digest
-from fedcompose.signing import read_envelope_unverified, sign_envelope
+from fedcompose.signing import Signer, read_envelope_unverified, sign_envelope
 from fedcompose.wire import WINDOW_BYTES, RecordDict
 from fedcompose_client.node import FOLDER, read_node_settings
 from fedcompose_client.offer import outbox_parts
@@ -92,6 +94,14 @@ def changed(call: bytes, sim: FlowerSim, **changes: Any) -> bytes:
     return sign_envelope(dump_json(document | changes), CALL_TYPE, [sim.signer])
 
 
+def receipt_by(signer: Signer, sim: FlowerSim) -> bytes:
+    """A receipt for bytes that never left, under a head that never was."""
+    facts: dict[str, Any] = {"site": "site-a", "call": read_own_call(sim.newest_call()).id, "offer": "0" * 64}
+    ledger = Head(entries=1, head="0" * 64)
+    document = make_receipt(sim.federation, sim.signer, sim.now, bytes=7, ledger=ledger, **facts)
+    return sign_envelope(read_envelope_unverified(document, DELIVERY_TYPE), DELIVERY_TYPE, [signer])
+
+
 def cases(site: JoinedSite) -> list[tuple[str, RecordDict, str]]:
     """Messages that a hostile coordinator could think of, and what the site must answer."""
     sim = site.sim
@@ -132,6 +142,11 @@ def cases(site: JoinedSite) -> list[tuple[str, RecordDict, str]]:
         ask("fetch", "MESSAGE_INVALID", window | {"length": 1 << 40}),
         ask("fetch", "MESSAGE_INVALID", window | {"start": 0.0}),
         ("fetch", RecordDict(), "MESSAGE_INVALID"),
+        ask("receipt", "MESSAGE_INVALID", good),
+        ask("receipt", "MESSAGE_INVALID", good | {"receipt": b"x" * (1 << 20)}),
+        ask("receipt", "ENVELOPE_SHAPE", good | {"receipt": b'{"payload": '}),
+        ask("receipt", "ENVELOPE_KEY", good | {"receipt": receipt_by(sim.site_signer("site-a"), sim)}),
+        ask("receipt", "DELIVERY_INVALID", good | {"receipt": receipt_by(sim.signer, sim)}),
         ("status", RecordDict({"request": Garbage()}), "MESSAGE_INVALID"),
         ("describe", fields({}), "ACCEPTED"),  # and after all that it still answers
     ]  # fmt: skip
@@ -151,6 +166,7 @@ def test_nothing_that_a_hostile_coordinator_sends_runs_or_stops_the_site(site: J
     assert not site.marker.exists()
     assert site.children() == before, "every process of the site is still the one of the beginning"
     assert not (site.folder / "apps").exists()
+    assert not (site.folder / "receipts").exists()
     assert not list(site.root.rglob("client_app.py")), "the bundle was not unpacked"
 
 
