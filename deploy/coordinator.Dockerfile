@@ -2,7 +2,9 @@
 #   docker build -f deploy/coordinator.Dockerfile -t fedcompose-coordinator .
 FROM python:3.11-slim AS build
 WORKDIR /src
-COPY . .
+COPY constraints.txt pyproject.toml README.md LICENSE ./
+COPY fedcompose fedcompose
+COPY coordinator coordinator
 RUN python -m venv /opt/fedcompose \
  && /opt/fedcompose/bin/pip install --no-cache-dir -c constraints.txt torch hatchling \
  && /opt/fedcompose/bin/pip install --no-cache-dir -c constraints.txt --no-build-isolation '.[model]' ./coordinator

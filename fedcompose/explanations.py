@@ -107,6 +107,7 @@ EXPLANATIONS: Mapping[str, str] = {
     "INVITATION_INVALID": "This is no invitation that this version can read.",
     "INVITATION_FEDERATION": "The invitation is to another federation. What is signed for one counts for no other.",
     "INVITATION_COORDINATOR": "A coordinator signed an invitation in another coordinator's name.",
+    "INVITATION_OLD": "An invitation from before the one that is in use; its certificate may have been replaced.",
     "CALL_INVALID": "This is no call that this version can read.",
     "CALL_ID_TAKEN": "Two different calls bear one name. A coordinator makes each name once.",
     "CALL_COORDINATOR": "A coordinator signed a call in another coordinator's name.",

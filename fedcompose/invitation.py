@@ -17,7 +17,7 @@ from fedcompose.errors import RefusedError
 from fedcompose.federation import Document, Federation, FederationId, Time, first_problem, format_time
 from fedcompose.files import dump_json, parse_json
 from fedcompose.keys import Identifier
-from fedcompose.signing import Signer, sign_envelope, verify_envelope
+from fedcompose.signing import Signer, read_envelope_unverified, sign_envelope, verify_envelope
 
 INVITATION_TYPE = "application/vnd.fedcompose.invitation.v1+json"
 INVITATION_FILE = "invitation.json"
@@ -104,6 +104,23 @@ def read_invitation(envelope: bytes, federation: Federation, now: datetime) -> I
             got=invitation.coordinator,
         )
     return invitation
+
+
+def check_newer(invitation: Invitation, kept: bytes) -> None:
+    """Refuse to go back behind the invitation that was kept: what an old certificate vouched for may be stolen.
+
+    Raises: RefusedError: `INVITATION_OLD`.
+    """
+    before = _parse(read_envelope_unverified(kept, INVITATION_TYPE))
+    same = (before.federation, before.coordinator) == (invitation.federation, invitation.coordinator)
+    if same and invitation.issued < before.issued:
+        raise RefusedError(
+            "INVITATION_OLD",
+            "the coordinator has sent a newer invitation, which is in use here",
+            expected=f"one of {format_time(before.issued)} or later",
+            got=format_time(invitation.issued),
+            fix="use the newest one, or ask the coordinator for another: fedcompose coordinator invite",
+        )
 
 
 def _parse(payload: bytes) -> Invitation:

@@ -22,6 +22,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
+from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
@@ -32,6 +33,7 @@ from fedcompose.federation import Digest, format_time, parse_time
 from fedcompose.files import disk_errors, parse_json, sha256_hex, write_atomic
 
 MAX_LINE_BYTES = 64 << 10  # an event that names 512 contributions takes 35 kB
+KNOWN_LINES = 1 << 13  # some 10 MB; every decision reads the whole ledger, of which all but the last line is known
 TORN = ".torn"  # ending of the file that keeps what was cut off while it was written
 
 _OWN = frozenset({"at", "event", "n", "previous"})
@@ -161,6 +163,7 @@ def _is_time(value: Any) -> bool:
         return False
 
 
+@lru_cache(maxsize=KNOWN_LINES)
 def _parse(line: bytes) -> Entry | None:
     """The entry in a line, if it is one in canonical form."""
     try:

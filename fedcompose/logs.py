@@ -18,13 +18,17 @@ import logging
 import os
 import re
 import sys
+import threading
 import traceback
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
+from types import TracebackType
 from typing import Any, TextIO
 
 from fedcompose.federation import format_time
+
+log = logging.getLogger(__name__)
 
 OWN = ("fedcompose", "fedcompose_client", "fedcompose_coordinator")
 DEBUG = "FEDCOMPOSE_DEBUG"
@@ -44,7 +48,10 @@ FIELDS: Mapping[str, re.Pattern[str] | None] = {
 
 
 def configure(part: str, stream: TextIO | None = None, level: int = logging.INFO) -> None:
-    """Send what this process logs to `stream` (by default standard error) in this form, and nowhere else."""
+    """Send what this process logs to `stream` (by default standard error) in this form, and nowhere else.
+
+    So goes what nothing caught, in any thread: Python would print it with its message, which may quote data.
+    """
     handler = logging.StreamHandler(stream or sys.stderr)
     handler.setFormatter(JsonLines(part))
     logging.root.handlers[:] = [handler]
@@ -57,6 +64,13 @@ def configure(part: str, stream: TextIO | None = None, level: int = logging.INFO
         logger.propagate = True
         if name.partition(".")[0] not in OWN:
             logger.setLevel(logging.NOTSET)
+    sys.excepthook = _uncaught
+    threading.excepthook = lambda thread: _uncaught(thread.exc_type, thread.exc_value, thread.exc_traceback)
+
+
+def _uncaught(kind: type[BaseException], error: BaseException | None, trace: TracebackType | None) -> None:
+    if error is not None and kind is not SystemExit:
+        log.critical("nothing caught an error", exc_info=(kind, error, trace))
 
 
 class JsonLines(logging.Formatter):

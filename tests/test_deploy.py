@@ -51,6 +51,15 @@ def test_what_sees_the_data_cannot_talk_to_the_outside() -> None:
     assert containers()["worker"]["network_mode"] == "none"
 
 
+@pytest.mark.parametrize("part", ["executor", "worker", "coordinator"])
+def test_a_unit_trusts_what_its_user_trusts(part: str) -> None:
+    """What a person typed as this user pinned the roots and fetched the base in its home."""
+    home = re.search(r"useradd .*--home-dir (\S+) .* fedcompose\n", (ROOT / "docs" / "operate.md").read_text())
+    text = (DEPLOY / "systemd" / f"fedcompose-{part}.service").read_text()
+    assert home
+    assert re.findall(r"FEDCOMPOSE_HOME=(\S+)", text) == [f"{home[1]}/.fedcompose"]
+
+
 def test_only_the_worker_has_the_passphrase() -> None:
     holders = [unit.stem for unit in UNITS if "passphrase" in unit.read_text()]
     assert holders == ["fedcompose-worker"]
@@ -82,6 +91,8 @@ def test_an_image_holds_one_role_at_the_pinned_versions() -> None:
         assert not any(f"./{other}" in line for line in installs)
         assert all("-c constraints.txt" in line for line in installs)
         assert "USER fedcompose" in lines
+        copied = {word for line in lines if line.startswith("COPY ") for word in line.split()[1:-1]}
+        assert copied.isdisjoint({".", other}), "keys and runs may lie in a clone"
 
 
 @pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="no systemd here")

@@ -14,6 +14,7 @@ from __future__ import annotations
 import logging
 import os
 import resource
+import sys
 import time
 from pathlib import Path
 from typing import Any, Protocol
@@ -38,9 +39,10 @@ from flwr.supercore.interceptors import (
     RuntimeVersionHttpInterceptor,
     SuperExecAuthHttpInterceptor,
 )
-from flwr.supercore.retry import make_simple_http_retry_invoker
+from flwr.supercore.retry import RetryInvoker, make_simple_http_retry_invoker
 from flwr.supercore.runtime import RuntimeHttpClient
 from flwr.supernode.runtime.run_clientapp import push_message, push_task_output
+from httpx import HTTPStatusError, codes  # what Flower speaks HTTP with
 
 log = logging.getLogger(__name__)
 
@@ -55,7 +57,9 @@ class SuperNodeApp(Protocol):
 
 ANY_TASK = [str(kind) for kind in TaskType]
 POLL_S = float(os.environ.get("FLWR_SUPEREXEC_TASK_POLL_INTERVAL", "0.5"))
+FIRST_POLL_S = min(0.02, POLL_S)  # after a task, for where one window was asked for, the next one is near
 COMPLETED, FAILED = "completed", "failed"
+TURNED_AWAY = 1  # exit status
 PULL_TIMEOUT_S = 20.0  # for a message that the SuperNode has, or is fetching; it is small
 
 
@@ -66,12 +70,19 @@ def run(folder: Path, app: SuperNodeApp) -> None:
     acquire = "/flwr.proto.Runtime/AcquireTask"
     interceptor = SuperExecAuthHttpInterceptor(master_secret=secret, protected_methods=frozenset({acquire}))
     client = _client(folder, interceptor)
+    pause_s = POLL_S
     while True:
-        task = client.AcquireTask(AcquireTaskRequest(supported_task_types=ANY_TASK))
+        try:
+            task = client.AcquireTask(AcquireTaskRequest(supported_task_types=ANY_TASK))
+        except HTTPStatusError as error:  # it has another secret by now, or is another version
+            _log_refusal(error)
+            sys.exit(TURNED_AWAY)
         if task.token:
             answer_task(_client(folder, RuntimeTokenHttpInterceptor(task.token)), task.task.type, app)
+            pause_s = FIRST_POLL_S
         else:
-            time.sleep(POLL_S)
+            time.sleep(pause_s)
+            pause_s = min(2 * pause_s, POLL_S)
 
 
 def answer_task(client: RuntimeHttpClient, kind: str, app: SuperNodeApp) -> None:
@@ -88,6 +99,8 @@ def answer_task(client: RuntimeHttpClient, kind: str, app: SuperNodeApp) -> None
             reply = app(message, context)
         push_message(client, reply, context)
         push_task_output(client, None, COMPLETED, "")
+    except HTTPStatusError as error:  # the SuperNode was started anew, and does not know the task
+        _log_refusal(error)
     except ObjectPullError:  # its run has ended meanwhile, and the SuperNode has dropped the message
         log.info("a message was taken back")
         push_task_output(client, None, FAILED, "")
@@ -114,7 +127,7 @@ def _pull(client: RuntimeHttpClient) -> tuple[Message, bool, Context]:
             confirm,
             return_type=Message,
             max_time=PULL_TIMEOUT_S,
-            initial_backoff=POLL_S,
+            initial_backoff=FIRST_POLL_S,
             backoff_cap=POLL_S,
         )
     except ObjectPullError:
@@ -127,11 +140,28 @@ def _pull(client: RuntimeHttpClient) -> tuple[Message, bool, Context]:
     return message, is_readable, Context(run_id, node_id, {}, RecordDict(), {})
 
 
+def _log_refusal(error: HTTPStatusError) -> None:
+    log.error("the SuperNode refused a request", extra={"code": "NODE_REFUSED", "status": error.response.status_code})
+
+
+def _invoker() -> RetryInvoker:
+    """Tries again while the SuperNode cannot be reached; on a 401 Flower's own would interrupt the whole process."""
+    invoker = make_simple_http_retry_invoker()
+    gives_up: Any = invoker.should_giveup
+    invoker.should_giveup = lambda error: is_unknown(error) or gives_up(error)
+    return invoker
+
+
+def is_unknown(error: Exception) -> bool:
+    """Whether the SuperNode knows neither our secret nor our task."""
+    return isinstance(error, HTTPStatusError) and error.response.status_code == codes.UNAUTHORIZED
+
+
 def _client(folder: Path, interceptor: Any) -> RuntimeHttpClient:
     return RuntimeHttpClient.from_server_address(
         server_address=f"{LOOPBACK}:{read_node_settings(folder).port}",
         insecure=False,
         root_certificates=(folder / "runtime.pem").read_bytes(),
         interceptors=[RuntimeVersionHttpInterceptor(component_name="flwr-clientapp"), interceptor],
-        retry_invoker=make_simple_http_retry_invoker(),
+        retry_invoker=_invoker(),
     )

@@ -19,7 +19,7 @@ from typing import Literal, get_args
 
 from fedcompose.errors import ConfigError
 from fedcompose.files import MAX_JSON_BYTES, read_limited, write_atomic
-from fedcompose.invitation import INVITATION_FILE, MAX_INVITATION_BYTES, read_invitation
+from fedcompose.invitation import INVITATION_FILE, MAX_INVITATION_BYTES, check_newer, read_invitation
 from fedcompose.keys import PASSPHRASE_FILE_VARIABLE, needs_passphrase
 from fedcompose.supervision import Child, only_one, supervise
 from fedcompose.trust_state import trusted_federation
@@ -35,7 +35,8 @@ PARTS: tuple[Part, ...] = get_args(Part)
 def accept_invitation(site: Path, given: Path | None, now: datetime) -> Path:
     """Check the invitation, a new one or that of before, keep it, and write the SuperNode's folder from it.
 
-    Raises: ConfigError: `INVITATION_MISSING`, and what `prepare` raises. RefusedError: what `read_invitation` raises.
+    Raises: ConfigError: `INVITATION_MISSING`, and what `prepare` raises. RefusedError: `INVITATION_OLD`, and what
+        `read_invitation` raises.
     """
     config, kept = load_config(site), site / INVITATION_FILE
     if given is None and not kept.exists():
@@ -47,6 +48,8 @@ def accept_invitation(site: Path, given: Path | None, now: datetime) -> Path:
     envelope = read_limited(given or kept, MAX_INVITATION_BYTES)
     federation = trusted_federation(read_limited(site / config.federation, MAX_JSON_BYTES), None, now)
     invitation = read_invitation(envelope, federation, now)
+    if given is not None and kept.exists():
+        check_newer(invitation, read_limited(kept, MAX_INVITATION_BYTES))
     folder = prepare(site, config.id, config.node_key_file, invitation, federation)
     if given is not None:
         write_atomic(kept, envelope)

@@ -22,6 +22,7 @@ import resource
 import secrets
 import socket
 import sys
+import time
 from collections.abc import Callable
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -48,6 +49,7 @@ LOOPBACK = "127.0.0.1"
 SECRET_BYTES = 32
 VALIDITY = timedelta(days=3650)  # of the certificate on loopback, which only this machine ever believes
 CONNECTION_LOST = 1  # exit status
+REPLY_EVERY_S, REPLY_PATIENCE_S = 0.02, 5.0  # of looking for the executor's answer
 MAX_MEMORY_BYTES = 2 << 30  # a window of a contribution is 32 MiB, and held a few times over
 
 
@@ -137,6 +139,8 @@ def flower_supernode() -> ModuleType:
     client.get_fused_config_from_fab = _no_settings
     connection: Any = importlib.import_module("flwr.supernode.fleet_http_connection")
     connection.make_simple_http_retry_invoker = _patient(connection.make_simple_http_retry_invoker)
+    state: Any = importlib.import_module("flwr.supernode.nodestate.in_memory_nodestate").InMemoryNodeState
+    state.get_messages_legacy = _prompt(state.get_messages_legacy)
     return importlib.import_module("flwr.supernode.cli.flower_supernode")
 
 
@@ -158,6 +162,29 @@ def is_cut(error: Exception) -> bool:
         type(error).__module__.startswith("httpx")
         and not hasattr(error, "response")
         and ("certificate" not in str(error).lower())
+    )
+
+
+def _prompt(look: Callable[..., Any]) -> Callable[..., Any]:
+    """Flower looks for a reply twice a second, and again for its bytes; we see at once when there is a whole one."""
+
+    def get_messages(state: Any, **filters: Any) -> Any:
+        give_up = time.monotonic() + REPLY_PATIENCE_S
+        while filters.get("is_reply") and not _has_whole_reply(state) and time.monotonic() < give_up:
+            time.sleep(REPLY_EVERY_S)
+        return look(state, **filters)
+
+    return get_messages
+
+
+def _has_whole_reply(state: Any) -> bool:
+    """Whether the SuperNode has an answer of the executor, or an error of its own, with every object of it."""
+    inflatable: Any = importlib.import_module("flwr.supercore.inflatable.inflatable_object")
+    with state.lock_msg_store:
+        replies = [id_ for id_, entry in state.msg_store.items() if entry.message.metadata.reply_to_message_id]
+        trees = [state.object_store.get_object_tree(id_) for id_ in replies]
+    return any(
+        all(state.object_store.get(each.object_id) for each in inflatable.iterate_object_tree(tree)) for tree in trees
     )
 
 

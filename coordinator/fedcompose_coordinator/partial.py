@@ -25,7 +25,7 @@ from fedcompose.wire import Part, Slice
 MIN_WINDOW_BYTES = 256 << 10
 FIRST_WINDOW_BYTES = 4 << 20
 SUCCESSES_TO_GROW = 8  # once something was lost, so that a connection that keeps breaking stays with small windows
-WINDOWS_AHEAD = 2  # asked for at a time: while one travels the site reads the next
+WINDOWS_AHEAD = 4  # asked for at a time; a site's node that finds nothing asked of it sleeps for three seconds
 
 Window = tuple[int, int]  # start and length
 

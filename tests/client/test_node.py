@@ -5,7 +5,10 @@ from __future__ import annotations
 import importlib
 import inspect
 import stat
+import threading
+from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -14,7 +17,8 @@ from fedcompose.files import write_atomic
 from fedcompose.invitation import INVITATION_TYPE, make_invitation
 from fedcompose.keys import new_key, read_node_key
 from fedcompose.signing import read_envelope_unverified, sign_envelope
-from fedcompose.wire import Run
+from fedcompose.wire import ConfigRecord, Message, RecordDict, Run, TaskIdentity, request
+from fedcompose_client import node
 from fedcompose_client.join import accept_invitation
 from fedcompose_client.node import arguments, flower_supernode, read_node_settings
 from fedcompose_coordinator.tls import make_certificates
@@ -54,6 +58,27 @@ def test_writes_a_folder_that_only_its_owner_may_read(sim: FlowerSim, invitation
     invitation.unlink()
     assert accept_invitation(site, None, sim.now) == folder, "the invitation is kept"
     assert (folder / "secret").read_bytes() == secret
+
+
+def test_a_renewed_invitation_takes_the_place_of_the_old_one_and_not_the_other_way_round(
+    sim: FlowerSim, invitation: Path, tmp_path: Path
+) -> None:
+    site, renewed = sim.folder("site-a"), tmp_path / "renewed.json"
+    folder = accept_invitation(site, invitation, sim.now)
+    old, secret = (folder / "ca.pem").read_bytes(), (folder / "secret").read_bytes()
+    make_certificates(sim.home, ["hub.example"], sim.now)
+    new = (sim.home / "tls" / "ca.pem").read_bytes()
+    renewed.write_bytes(
+        make_invitation(sim.federation, sim.signer, "hub.example:9443", new, sim.now + timedelta(days=1))
+    )
+    accept_invitation(site, renewed, sim.now)
+    assert (folder / "ca.pem").read_bytes() == new != old
+    assert read_node_settings(folder).coordinator == "hub.example:9443"
+    assert (folder / "secret").read_bytes() == secret, "the executor need not be started anew"
+    assert code_of(site, invitation, sim) == "INVITATION_OLD"
+    assert (folder / "ca.pem").read_bytes() == new
+    accept_invitation(site, None, sim.now)
+    assert read_node_settings(folder).coordinator == "hub.example:9443"
 
 
 def test_needs_an_invitation_the_first_time(sim: FlowerSim) -> None:
@@ -105,6 +130,52 @@ def test_flowers_command_takes_our_arguments(sim: FlowerSim, invitation: Path) -
     assert (given.isolation, given.host, given.insecure) == ("process", "127.0.0.1", False)
     assert (given.superexec_auth_secret_file, given.superlink) == (str(folder / "secret"), "hub.example:9092")
     assert not given.runtime_dependency_install
+
+
+def stored_reply(state: Any, late_s: float) -> Message:
+    """A reply of an executor whose bytes come some time after the message itself."""
+    inflatable = importlib.import_module("flwr.supercore.inflatable.inflatable_object")
+    asked = Message(request(), 1, "query.fetch")
+    asked.metadata.__dict__["_message_id"] = "0" * 64
+    reply = Message(RecordDict({"answer": ConfigRecord({"code": "ACCEPTED"})}), reply_to=asked)
+    reply.metadata.__dict__["_message_id"] = reply.object_id
+    state.store_message(reply)
+    missing = state.object_store.preregister(reply.metadata.run_id, inflatable.get_object_tree(reply))
+    contents = {id_: each.deflate() for id_, each in inflatable.get_all_nested_objects(reply).items()}
+
+    def bring() -> None:
+        for id_ in missing:
+            state.object_store.put(id_, contents[id_])
+
+    threading.Timer(late_s, bring).start()
+    return reply
+
+
+@pytest.mark.parametrize("flowers_own", [False, True])
+def test_the_supernode_waits_for_a_whole_reply(flowers_own: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Flower's own, the negative control, takes up a reply without its bytes, and then sleeps for half a second."""
+    states = importlib.import_module("flwr.supernode.nodestate.in_memory_nodestate").InMemoryNodeState
+    store = importlib.import_module("flwr.supercore.object_store.in_memory_object_store").InMemoryObjectStore
+    monkeypatch.setattr(states, "get_messages_legacy", states.get_messages_legacy)  # to be put back
+    for name in ("_run_id", "_node_id", "_task_id"):
+        monkeypatch.setattr(TaskIdentity, name, 1)
+    if not flowers_own:
+        flower_supernode()
+    state = states(store())
+    reply = stored_reply(state, late_s=0.2)
+    (found,) = state.get_messages_legacy(is_reply=True)
+    assert found is reply
+    assert (state.object_store.get(reply.object_id) == b"") == flowers_own
+
+
+def test_the_supernode_does_not_wait_for_ever_for_a_reply(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Flower looks in between for executors that have died."""
+    states = importlib.import_module("flwr.supernode.nodestate.in_memory_nodestate").InMemoryNodeState
+    store = importlib.import_module("flwr.supercore.object_store.in_memory_object_store").InMemoryObjectStore
+    monkeypatch.setattr(states, "get_messages_legacy", states.get_messages_legacy)
+    monkeypatch.setattr(node, "REPLY_PATIENCE_S", 0.05)
+    flower_supernode()
+    assert list(states(store()).get_messages_legacy(is_reply=True)) == []
 
 
 def test_what_the_executor_uses_of_flower_is_still_there() -> None:

@@ -52,6 +52,15 @@ def test_a_head_is_what_sha256sum_says_of_the_last_line(path: Path) -> None:
     assert verify(path, {"a site": head(path)})[-1].sha256 == printed
 
 
+def test_what_was_read_before_is_not_parsed_again(path: Path) -> None:
+    """Every decision reads the whole ledger; with a thousand sites that would be a million lines."""
+    verify(path)
+    before = ledger._parse.cache_info().misses
+    append(path, "admitted", NOW, contribution=DIGESTS[0], sequence=8)
+    assert len(verify(path)) == 7
+    assert ledger._parse.cache_info().misses == before + 1
+
+
 def test_an_absent_ledger_is_an_empty_one(tmp_path: Path) -> None:
     assert verify(tmp_path / "none.jsonl") == []
     assert head(tmp_path / "none.jsonl") == EMPTY

@@ -5,6 +5,9 @@ import io
 import json
 import logging
 import math
+import subprocess
+import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -21,11 +24,12 @@ LEVELS = {"debug", "info", "warning", "error", "exception", "critical", "log"}
 @pytest.fixture
 def stream() -> Iterator[io.StringIO]:
     """What the log gets; afterwards pytest has its own handlers back."""
-    before, level = logging.root.handlers[:], logging.root.level
+    before, level, hooks = logging.root.handlers[:], logging.root.level, (sys.excepthook, threading.excepthook)
     stream = io.StringIO()
     logs.configure("test", stream)
     yield stream
     logging.root.handlers[:], logging.root.level = before, level
+    sys.excepthook, threading.excepthook = hooks
 
 
 def lines(stream: io.StringIO) -> list[dict[str, Any]]:
@@ -57,6 +61,18 @@ def test_neither_arguments_nor_messages_of_exceptions_are_kept(stream: io.String
     (line,) = lines(stream)
     assert line["error"] == "ValueError"
     assert line["where"].startswith("test_logs.py:")
+
+
+@pytest.mark.parametrize("where", ["fail()", "thread = threading.Thread(target=fail); thread.start(); thread.join()"])
+@pytest.mark.parametrize("configure", ["logs.configure('test')", "pass"])
+def test_what_nothing_caught_is_a_line_as_well(where: str, configure: str) -> None:
+    """With Python's own handling, the negative control, the message comes along."""
+    program = f"import threading\nfrom fedcompose import logs\ndef fail(): raise ValueError({CANARY!r})\n{configure}\n"
+    done = subprocess.run([sys.executable, "-c", program + where], capture_output=True, text=True, timeout=60)
+    assert ("Jones" in done.stderr) == (configure == "pass")
+    if configure != "pass":
+        (line,) = [json.loads(line) for line in done.stderr.splitlines()]
+        assert (line["level"], line["error"], line["where"]) == ("critical", "ValueError", "<string>:3")
 
 
 def test_of_other_packages_only_the_place_is_kept(stream: io.StringIO) -> None:
