@@ -54,6 +54,7 @@ from fedcompose.federation import (
     Site,
     Title,
     format_time,
+    open_federation,
     verify_federation,
 )
 from fedcompose.files import MAX_JSON_BYTES, dir_hash, parse_json
@@ -157,19 +158,24 @@ class VerifiedRelease:
 
 
 def verify_release(
-    received: ReceivedRelease, root_fingerprints: Collection[str] | None = None, now: datetime | None = None
+    received: ReceivedRelease,
+    root_fingerprints: Collection[str] | None = None,
+    now: datetime | None = None,
+    without: Collection[str] = (),
 ) -> VerifiedRelease:
     """Check a release in full, in the order above. `now` is this machine's clock unless given.
 
     Without fingerprints the versions of the federation file that this machine accepted decide, and their roots.
-    Nothing is remembered.
+    Nothing is remembered. The experts of the sites in `without` will not be used: they must be what their sites signed,
+    and what was revoked of these sites since does not matter.
 
     Raises: RefusedError: with the code of the first check that failed.
     """
     folder, now = received.path, now or datetime.now(UTC)
     names = list_files(folder)  # 1
     sites = _check_folder(names)
-    federation, provenance = _trusted(folder, root_fingerprints, now)  # 2
+    granted, provenance = _trusted(folder, root_fingerprints, now)  # 2
+    federation = _with_known_revocations(granted)
     signed = _verify_signature(folder, names, federation, provenance)  # 3
     files = _read_signed(folder, signed)
     if parse_release_provenance(files[PROVENANCE_FILE]) != provenance:  # 4
@@ -180,7 +186,7 @@ def verify_release(
     composition = parse_composition(files[COMPOSITION_FILE])  # 5
     _check_composition(composition, provenance, sites)
     experts = tuple(  # 6
-        _verify_ingredient(folder, expert, entry, provenance, federation, signed)
+        _verify_ingredient(folder, expert, entry, provenance, granted if expert.site in without else federation, signed)
         for expert, entry in zip(composition.experts, provenance.ingredients, strict=True)
     )
     _check_calls(experts)
@@ -201,19 +207,37 @@ def verify_release(
 
 
 def verify_for_use(
-    received: ReceivedRelease, root_fingerprints: Collection[str] | None = None, now: datetime | None = None
+    received: ReceivedRelease,
+    root_fingerprints: Collection[str] | None = None,
+    now: datetime | None = None,
+    without: Collection[str] = (),
 ) -> VerifiedRelease:
     """Check a release that is about to be loaded: in full, and by the newest federation file that is known here.
 
     That file may have expired: it is then the best that is known, and a model in use does not stop by the calendar.
+    For `without` see `verify_release`.
 
     Raises: RefusedError: as `verify_release`, `judge_today` and `check_terms`.
     """
     now = now or datetime.now(UTC)
-    release = verify_release(received, root_fingerprints, now)
-    judge_today(release, newest_known(release))
-    check_terms(release, now)
+    release = verify_release(received, root_fingerprints, now, without)
+    judge_today(release, newest_known(release), without)
+    check_terms(release, now, without)
     return release
+
+
+def withdrawn_experts(release: VerifiedRelease, now: datetime) -> dict[str, RefusedError]:
+    """The sites of a release whose experts this machine would not use any more, each with the reason."""
+    known = (_with_known_revocations(release.federation), newest_known(release))
+    withdrawn = {}
+    for expert in release.experts:
+        try:
+            for federation in known:
+                _check_site(expert, federation)
+            check_use(expert.provenance.use, None, now)
+        except RefusedError as refusal:
+            withdrawn[expert.site] = refusal
+    return withdrawn
 
 
 def newest_known(release: VerifiedRelease) -> Federation:
@@ -222,12 +246,13 @@ def newest_known(release: VerifiedRelease) -> Federation:
     return accepted if accepted and accepted.version >= release.federation.version else release.federation
 
 
-def judge_today(release: VerifiedRelease, today: Federation) -> None:
+def judge_today(release: VerifiedRelease, today: Federation, without: Collection[str] = ()) -> None:
     """Whether the release would still be believed by `today`, the same or a later version of its federation's file.
 
     Coordinator, sites and base must still belong. Their keys must have counted when they were used, not now: a key that
     expired or was rotated since leaves what it signed good. The time of a release is its coordinator's word alone, so a
     coordinator's compromised key makes all its releases worthless; a site's key was seen by the coordinator in time.
+    Of the sites in `without` nothing is asked.
 
     Raises: RefusedError: `KEY_UNKNOWN`, `KEY_EXPIRED`, `KEY_REVOKED`, `COORDINATOR_MISMATCH`, `SITE_SUSPENDED`, and as
         `contribution.check_claims`.
@@ -246,17 +271,23 @@ def judge_today(release: VerifiedRelease, today: Federation) -> None:
         )
     check_base(claims.base, today)
     for expert in release.experts:
-        site, _ = today.site_key(expert.keyid, expert.received_on)
-        check_claims(expert.provenance, expert.kind, site, today, expert.received_on)
+        if expert.site not in without:
+            _check_site(expert, today)
 
 
-def check_terms(release: VerifiedRelease, now: datetime) -> None:
-    """Every site still lets its expert be used.
+def _check_site(expert: VerifiedContribution, today: Federation) -> None:
+    site, _ = today.site_key(expert.keyid, expert.received_on)
+    check_claims(expert.provenance, expert.kind, site, today, expert.received_on)
+
+
+def check_terms(release: VerifiedRelease, now: datetime, without: Collection[str] = ()) -> None:
+    """Every site, but those in `without`, still lets its expert be used.
 
     Raises: RefusedError: `USE_EXPIRED`.
     """
     for expert in release.experts:
-        check_use(expert.provenance.use, None, now)
+        if expert.site not in without:
+            check_use(expert.provenance.use, None, now)
 
 
 def terms_of(release: VerifiedRelease) -> list[str]:
@@ -327,7 +358,8 @@ def _check_folder(names: Mapping[str, int]) -> set[str]:
 
 
 def _trusted(folder: Path, fingerprints: Collection[str] | None, now: datetime) -> tuple[Federation, ReleaseProvenance]:
-    """The federation file as of the release's own date: a claim, until the signature is checked."""
+    """The federation file as it is in the release, believed as of the release's own date, which is a claim until the
+    signature is checked. What was revoked since is not applied yet."""
     provenance = parse_release_provenance(read_file(folder, PROVENANCE_FILE, MAX_JSON_BYTES))
     made = provenance.finished
     if made > now + CLOCK_SKEW:
@@ -340,12 +372,13 @@ def _trusted(folder: Path, fingerprints: Collection[str] | None, now: datetime) 
         )
     envelope = read_file(folder, FEDERATION_FILE, MAX_JSON_BYTES)
     if fingerprints:
-        federation = verify_federation(envelope, root_fingerprints=fingerprints, now=made)
+        verify_federation(envelope, root_fingerprints=fingerprints, now=made)
     else:
-        federation = remembered_federation(envelope, made)
+        remembered_federation(envelope, made)
+    federation = open_federation(envelope).federation
     if made < federation.issued:
         raise RefusedError("FEDERATION_OLD", "the release is older than the federation file in it")
-    return _with_known_revocations(federation), provenance
+    return federation, provenance
 
 
 def _with_known_revocations(federation: Federation) -> Federation:

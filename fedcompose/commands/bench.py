@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from fedcompose.commands.serve import BaseRef, Folder, Roots, load_engine, require_packages
+from fedcompose.commands.serve import BaseRef, Bfloat16, Folder, Roots, load_engine, require_packages
 from fedcompose.console import AsJson, print_json, print_whole, progress_bars
 from fedcompose.release import ReceivedRelease, verify_for_use
 
@@ -30,6 +30,7 @@ def serve(
         list[str] | None,
         typer.Option(metavar="MODEL@URL", help="Another OpenAI server to measure too, say vLLM's. Repeatable."),
     ] = None,
+    bfloat16: Bfloat16 = False,
     root_fingerprint: Roots = None,
     base: BaseRef = None,
     as_json: AsJson = False,
@@ -40,12 +41,12 @@ def serve(
     """
     release = verify_for_use(ReceivedRelease(folder), root_fingerprint)
     require_packages("serve", "torch", "transformers", "peft")
-    engine = load_engine(release, base)
+    engine = load_engine(release, base, bfloat16)
     from fedcompose.bases import resolve_base
     from fedcompose.model.composed import load_release
     from fedcompose.serve.bench import Timing, measure_engine, measure_static, measure_url, questions
 
-    plain = load_release(release, base=None if base is None else resolve_base(base))
+    plain = load_release(release, engine.dtype, None if base is None else resolve_base(base))
     prompts, found = questions(requests), list[Timing]()
     others = [each.partition("@") for each in against or ()]
     with progress_bars() as bars:

@@ -48,7 +48,7 @@ def chat(
         raise ConfigError("PROMPT_MISSING", "--json answers one prompt", fix="give --prompt TEXT")
     release = verify_for_use(ReceivedRelease(folder), root_fingerprint)
     require_packages("model", "torch", "transformers", "peft")
-    engine = load_engine(release, base)
+    engine = load_engine(release, base, bfloat16=True)  # nobody else is being answered
     from fedcompose.serve.engine import Settings
 
     settings = Settings(model=model, max_tokens=max_tokens)

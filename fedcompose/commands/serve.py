@@ -30,6 +30,13 @@ Roots = Annotated[
     list[str] | None,
     typer.Option(help="A root's fingerprint, got from its owner, where this machine does not know it. Repeatable."),
 ]
+Bfloat16 = Annotated[
+    bool,
+    typer.Option(
+        "--bfloat16",
+        help="If it is faster here. It takes a gigabyte more in time, and answers may depend on who else is answered.",
+    ),
+]
 BaseRef = Annotated[
     str | None,
     typer.Option(
@@ -56,9 +63,7 @@ def serve(
     receipt_key: Annotated[
         str | None, typer.Option(help="The key that signs receipts; without, one that this machine makes for itself.")
     ] = None,
-    float32: Annotated[
-        bool, typer.Option("--float32", help="Slower, and no answer depends on who else is being answered.")
-    ] = False,
+    bfloat16: Bfloat16 = False,
     root_fingerprint: Roots = None,
     base: BaseRef = None,
     as_json: Annotated[
@@ -67,7 +72,8 @@ def serve(
 ) -> None:
     """Verify a release, load it, and answer as an OpenAI-compatible server.
 
-    SIGHUP judges the release anew, SIGTERM lets the answers under way be finished.
+    SIGHUP judges the release anew and masks the experts of sites that were withdrawn since, SIGTERM lets the answers
+    under way be finished.
 
     Example: fedcompose serve release
     """
@@ -82,7 +88,7 @@ def serve(
     if as_json:
         configure("serve")
     with _listen(host, port) as listener:
-        engine = load_engine(release, base, float32)
+        engine = load_engine(release, base, bfloat16)
         from fedcompose.serve.app import create_app
 
         listener.listen()  # from now on whoever comes waits, and is not turned away
@@ -116,8 +122,8 @@ def require_packages(extra: str, *packages: str) -> None:
         )
 
 
-def load_engine(release: VerifiedRelease, base: str | None, float32: bool = False) -> Engine:
-    """Load a verified release, saying so.
+def load_engine(release: VerifiedRelease, base: str | None, bfloat16: bool) -> Engine:
+    """Load a verified release, saying so; in float32, or in bfloat16 if that is allowed and a probe finds it faster.
 
     Raises: RefusedError, MissingError: as `fedcompose.model.composed.load_release`.
     """
@@ -135,7 +141,7 @@ def load_engine(release: VerifiedRelease, base: str | None, float32: bool = Fals
     from fedcompose.serve.engine import Engine
 
     chosen = None if base is None else resolve_base(base)
-    return Engine(release, chosen, torch.float32 if float32 else None)
+    return Engine(release, chosen, None if bfloat16 else torch.float32)
 
 
 def _listen(host: str, port: int) -> socket.socket:

@@ -95,7 +95,8 @@ class MaskedScorer(nn.Module):
         self.scorer, self.rows = scorer, list(rows)
 
     def forward(self, hidden_states: Tensor, point: int) -> Tensor:
-        scores: Tensor = self.scorer(hidden_states, point).clone()
+        scores: Tensor = self.scorer(hidden_states, point)
+        scores = scores.clamp(min=torch.finfo(scores.dtype).min)  # who has no vector here still beats who is masked
         scores[..., self.rows] = -torch.inf
         return scores
 

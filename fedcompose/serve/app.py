@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import AsyncIterator, Callable, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime
 from functools import partial
@@ -30,7 +30,7 @@ from fedcompose.serve.card import release_card
 from fedcompose.serve.engine import EXPERT_PREFIX, Engine
 from fedcompose.serve.limits import Door, Gate
 from fedcompose.serve.metrics import CONTENT_TYPE, Metrics
-from fedcompose.serve.operations import judge_on_hangup
+from fedcompose.serve.operations import Verdict, judge_on_hangup
 from fedcompose.serve.protocol import ChatRequest, TextRequest
 from fedcompose.serve.replies import Reply, error_document, event
 from fedcompose.serve.writing import AUTO, BASE, Answer, Job, Token
@@ -57,7 +57,7 @@ log = logging.getLogger(__name__)
 
 
 def create_app(
-    engine: Engine, signer: Signer | None = None, door: Door | None = None, judge: Callable[[], None] | None = None
+    engine: Engine, signer: Signer | None = None, door: Door | None = None, judge: Verdict | None = None
 ) -> FastAPI:
     """The application around a loaded engine, which it closes when it ends.
 
@@ -71,7 +71,7 @@ def create_app(
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         if judge is not None:
-            judge_on_hangup(judge, door, engine.cancel_all)
+            judge_on_hangup(judge, door, engine.mask, engine.cancel_all)
         yield
         await asyncio.to_thread(engine.close)
 
@@ -114,11 +114,17 @@ def _add_operations(app: FastAPI, engine: Engine, door: Door, metrics: Metrics) 
 
     @app.get("/release")
     async def card() -> dict[str, Any]:
-        return release_card(engine.release, datetime.now(UTC))
+        return release_card(engine.release, datetime.now(UTC), engine.masked)
 
 
 def _add_answers(app: FastAPI, engine: Engine, signer: Signer | None, metrics: Metrics) -> None:
     """The endpoints of OpenAI's API."""
+    reader = ThreadPoolExecutor(1, "reader")
+
+    async def read(prepare: Callable[[], list[Job]]) -> list[Job]:
+        """Beside the event loop, and in one thread: what reading a very long prompt took, a hundred megabytes and
+        more, the C library keeps for the thread that read it."""
+        return await asyncio.get_running_loop().run_in_executor(reader, prepare)
 
     @app.get("/v1/models")
     async def models() -> dict[str, Any]:
@@ -135,15 +141,13 @@ def _add_answers(app: FastAPI, engine: Engine, signer: Signer | None, metrics: M
     async def chat(asked: ChatRequest, request: Request) -> Response:
         messages = [message.plain() for message in asked.messages]
         settings = [asked.settings(choice) for choice in range(asked.n)]
-        jobs = await asyncio.to_thread(lambda: [engine.prepare(messages, each) for each in settings])
+        jobs = await read(lambda: [engine.prepare(messages, each) for each in settings])
         return await _answer(asked, jobs, request)
 
     @app.post("/v1/completions", response_model=None)
     async def complete(asked: TextRequest, request: Request) -> Response:
         settings = [asked.settings(choice) for choice in range(asked.n)]
-        jobs = await asyncio.to_thread(
-            lambda: [engine.prepare_text(text, each) for text in asked.prompt for each in settings]
-        )
+        jobs = await read(lambda: [engine.prepare_text(text, each) for text in asked.prompt for each in settings])
         return await _answer(asked, jobs, request)
 
     async def _answer(asked: ChatRequest | TextRequest, jobs: Sequence[Job], request: Request) -> Response:
@@ -171,7 +175,7 @@ def _add_answers(app: FastAPI, engine: Engine, signer: Signer | None, metrics: M
 
 
 def model_cards(engine: Engine) -> list[dict[str, Any]]:
-    """The ids that a request can name, with the site and domain of each expert."""
+    """The ids that a request can name, with the site and domain of each expert; and who is masked, with `auto`."""
     release = engine.release
     domains = {expert.site: expert.domain for expert in release.experts}
     cards = []
@@ -180,6 +184,7 @@ def model_cards(engine: Engine) -> list[dict[str, Any]]:
         owner = site or release.provenance.coordinator
         card = {"id": model, "object": "model", "created": int(release.provenance.finished.timestamp())}
         cards.append({**card, "owned_by": owner, "site": site, "domain": domains.get(site or "")})
+    cards[0]["masked"] = sorted(engine.masked)
     return cards
 
 

@@ -161,7 +161,9 @@ class Worker:
         routes = self._routes([last for _, last in told])
         for number, (row, _) in enumerate(told):
             writing = self._writings.get(row.state.request_id)
-            if writing is not None and not writing.done:
+            if writing is None:  # cancelled as it came: the manager empties its queue of requests first
+                self._manager.cancel_request(row.state.request_id)
+            elif not writing.done:
                 chosen = choose(scores[0, number], writing.job.sampling, writing.generator)
                 output_ids[0, number] = chosen.id
                 writing.hear(chosen, tuple(routes[number]))

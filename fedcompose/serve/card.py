@@ -5,6 +5,7 @@ Only what was verified before loading, and what no signature shows. The claims a
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from datetime import datetime
 from typing import Any
 
@@ -20,8 +21,8 @@ CHECKS = (
 )
 
 
-def release_card(release: VerifiedRelease, now: datetime) -> dict[str, Any]:
-    """One document for `GET /release`; `experts` in the order of the router's rows."""
+def release_card(release: VerifiedRelease, now: datetime, masked: Collection[str] = ()) -> dict[str, Any]:
+    """One document for `GET /release`; `experts` in the order of the router's rows. Those of `masked` write nothing."""
     claims, federation = release.provenance, release.federation
     return {
         "release": release.dir_hash,
@@ -36,10 +37,14 @@ def release_card(release: VerifiedRelease, now: datetime) -> dict[str, Any]:
         "method": claims.method,
         "base": dict(release.composition["base"]),
         "masked": list(release.composition.get("masked", ())),
-        "experts": [_expert(release, expert) for expert in release.experts],
+        "experts": [{**_expert(release, expert), "masked": expert.site in masked} for expert in release.experts],
         "checked": list(CHECKS),
-        "cautions": cautions(release, now),
+        "cautions": [*cautions(release, now), *map(_masked, sorted(masked))],
     }
+
+
+def _masked(site: str) -> str:
+    return f"the expert of {site} was withdrawn and writes nothing here any more; the rest was trained beside it"
 
 
 def _expert(release: VerifiedRelease, expert: VerifiedContribution) -> dict[str, Any]:

@@ -29,6 +29,7 @@ from fedcompose.model.learned import PromptRouter, Router
 from fedcompose.model.lm import load_base
 from fedcompose.model.router import NO_EXPERT
 from fedcompose.release import VerifiedRelease
+from fedcompose.routing import RouterConfig
 from fedcompose.serve import batching, sequential
 from fedcompose.serve.sampling import Sampling
 from fedcompose.serve.writing import AUTO, BASE, Answer, Job, Layers, Token, Writing
@@ -99,7 +100,7 @@ class Engine:
         self._chooser = self._model.routing.router
         self._pinned = PinnedRouter(self._chooser, len(self.experts))
         self._together = together
-        self._loading = threading.Lock()
+        self._loading, self._masking = threading.Lock(), threading.Lock()
         self._plain: Worker | None = None
         self._worker = self._work(self._model, self._pinned)
 
@@ -107,6 +108,12 @@ class Engine:
     def models(self) -> tuple[str, ...]:
         speaking = (EXPERT_PREFIX + site for site in self.experts if site not in self.masked)
         return (AUTO, *speaking, BASE)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The number format of the model."""
+        dtype: torch.dtype = self._model.dtype
+        return dtype
 
     @property
     def layers(self) -> int:
@@ -151,11 +158,14 @@ class Engine:
     def submit(self, job: Job, on_token: Callable[[Token], object] | None = None) -> Future[Answer]:
         """Write a job's answer; `on_token` is told each token, in the engine's thread.
 
-        Raises: MissingError: `ENGINE_DEAD`.
+        Raises: MissingError: `ENGINE_DEAD`; ConfigError: `MODEL_NOT_FOUND` if the expert was masked in between.
         """
         writing = Writing(job, self.experts, self.ends, self.decode, on_token)
         worker = self._base_worker() if job.wish is None else self._worker
-        worker.submit(writing)
+        with self._masking:
+            if any(self.experts[row] in self.masked for row in {*(job.wish or ())} - {NO_EXPERT}):
+                raise self._no_such_model()
+            worker.submit(writing)
         return writing.answer
 
     def cancel_all(self) -> None:
@@ -169,15 +179,18 @@ class Engine:
         Raises: RefusedError: `EXPERT_UNMASKABLE` where the composition needs every expert, or none would be left.
         """
         rows = [row for row, site in enumerate(self.experts) if site in sites]
-        config = self.release.composition["router"]
-        if len(rows) == len(self.experts) or (rows and config["estimator"] == "identity"):
+        masked = frozenset(self.experts[row] for row in rows)
+        if masked == self.masked:
+            return
+        if rows and len(self.experts) - len(rows) < self._least:
             raise RefusedError("EXPERT_UNMASKABLE", "this release cannot answer without these experts")
-        if isinstance(self._chooser, PromptRouter | Router):
-            scorer = self._chooser.scorer
-            original = scorer.scorer if isinstance(scorer, MaskedScorer) else scorer
-            self._chooser.scorer = MaskedScorer(original, rows) if rows else original
-        self.masked = frozenset(self.experts[row] for row in rows)
-        self.cancel_all()
+        with self._masking:
+            self.masked = masked
+            if isinstance(self._chooser, PromptRouter | Router):
+                scorer = self._chooser.scorer
+                original = scorer.scorer if isinstance(scorer, MaskedScorer) else scorer
+                self._chooser.scorer = MaskedScorer(original, rows) if rows else original
+            self.cancel_all()
 
     def close(self) -> None:
         """End all answers and stop."""
@@ -194,6 +207,12 @@ class Engine:
         named = self._model.generation_config.eos_token_id
         also = named if isinstance(named, list) else [named]
         return frozenset(token for token in (self._tokenizer.eos_token_id, *also) if token is not None)
+
+    @property
+    def _least(self) -> int:
+        """How many experts have to be left: those who always speak, whatever their scores are."""
+        config = RouterConfig.model_validate(self.release.composition["router"])
+        return {"identity": len(self.experts), "sampled": config.top_k}.get(config.estimator) or 1
 
     @property
     def _window(self) -> int:
@@ -247,7 +266,7 @@ class Engine:
         if model in self.experts and model not in (AUTO, BASE):  # a site's bare name will do
             model = EXPERT_PREFIX + model
         if model not in self.models:
-            raise ConfigError("MODEL_NOT_FOUND", "there is no such model here", expected=", ".join(self.models))
+            raise self._no_such_model()
         pins = settings.pins if settings.force is None else (Pin(settings.force, 0, self.layers - 1), *settings.pins)
         if model == BASE:
             if pins:
@@ -263,6 +282,9 @@ class Engine:
         for pin in pins:
             wish[pin.first : pin.last + 1] = [self._row(pin)] * (pin.last + 1 - pin.first)
         return tuple(wish)
+
+    def _no_such_model(self) -> ConfigError:
+        return ConfigError("MODEL_NOT_FOUND", "there is no such model here", expected=", ".join(self.models))
 
     def _row(self, pin: Pin) -> int:
         if pin.expert not in self.experts or pin.expert in self.masked:

@@ -1,8 +1,9 @@
 """What an operator does to a running server: ask whether it is ready, let it finish and stop, have it judge anew.
 
 A release is judged before it is loaded. What is withdrawn later reaches a running server by `SIGHUP`: it verifies the
-release's folder again, by all that this machine knows by then, and closes its door when anything is refused. Answers
-that are being written end there. `SIGTERM` lets them be finished, for a while.
+release's folder again, by all that this machine knows by then. The experts of sites that were withdrawn are masked;
+when anything else is refused, or no expert would be left, it closes its door. Answers that are being written end
+there. `SIGTERM` lets them be finished, for a while.
 """
 
 from __future__ import annotations
@@ -11,13 +12,17 @@ import asyncio
 import ipaddress
 import logging
 import signal
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from types import FrameType
 
 from fedcompose.errors import ConfigError, FedcomposeError, RefusedError
-from fedcompose.release import ReceivedRelease, VerifiedRelease, verify_for_use
+from fedcompose.release import ReceivedRelease, VerifiedRelease, verify_for_use, withdrawn_experts
 from fedcompose.serve.limits import Door
+
+Verdict = Callable[[], Mapping[str, str]]  # as `Judge`
+Mask = Callable[[Collection[str]], object]  # as `Engine.mask`
 
 log = logging.getLogger(__name__)
 
@@ -29,9 +34,17 @@ class Judge:
     release: VerifiedRelease
     root_fingerprints: Collection[str] | None = None
 
-    def __call__(self) -> None:
-        """Raises: RefusedError: as `verify_for_use`; `RELEASE_OTHER` when another release lies in the folder now."""
-        again = verify_for_use(ReceivedRelease(self.release.path), self.root_fingerprints)
+    def __call__(self) -> dict[str, str]:
+        """The sites whose experts must not speak any more, each with the code of the reason.
+
+        Raises: RefusedError: as `verify_for_use`, of a site only where no other is left; `RELEASE_OTHER` when another
+            release lies in the folder now.
+        """
+        now = datetime.now(UTC)
+        withdrawn = withdrawn_experts(self.release, now)
+        if len(withdrawn) == len(self.release.experts):
+            raise next(iter(withdrawn.values()))
+        again = verify_for_use(ReceivedRelease(self.release.path), self.root_fingerprints, now, withdrawn)
         if again.dir_hash != self.release.dir_hash:
             raise RefusedError(
                 "RELEASE_OTHER",
@@ -40,29 +53,33 @@ class Judge:
                 got=again.dir_hash,
                 fix="start the server again to serve it",
             )
+        return {site: refusal.code for site, refusal in withdrawn.items()}
 
 
-def judge_anew(judge: Callable[[], None], door: Door, cancel_all: Callable[[], object]) -> bool:
-    """Open or close the door by today's judgement; whether it is open."""
+def judge_anew(judge: Verdict, door: Door, mask: Mask, cancel_all: Callable[[], object]) -> bool:
+    """Mask experts, and open or close the door, by today's judgement; whether it is open."""
     try:
-        judge()
-    except FedcomposeError as refusal:
-        door.closed = refusal.code
+        withdrawn = judge()
+        mask(withdrawn)
+    except Exception as failure:  # of any kind: what cannot be judged is not served
+        door.closed = failure.code if isinstance(failure, FedcomposeError) else "JUDGEMENT_FAILED"
         cancel_all()
-        log.error("the release is refused; nothing is answered", extra={"code": refusal.code})
+        log.error("the release is refused; nothing is answered", extra={"code": door.closed})
         return False
     door.closed = None
-    log.info("the release was judged anew and is good")
+    for site, code in withdrawn.items():
+        log.warning("the expert of a site is withdrawn, and masked", extra={"site": site, "code": code})
+    log.info("the release was judged anew", extra={"count": len(withdrawn)})
     return True
 
 
-def judge_on_hangup(judge: Callable[[], None], door: Door, cancel_all: Callable[[], object]) -> None:
+def judge_on_hangup(judge: Verdict, door: Door, mask: Mask, cancel_all: Callable[[], object]) -> None:
     """From now on `SIGHUP` judges anew, beside the answers; for the event loop of a main thread."""
     loop = asyncio.get_running_loop()
     running: set[asyncio.Future[bool]] = set()
 
     def begin() -> None:
-        future = asyncio.ensure_future(asyncio.to_thread(judge_anew, judge, door, cancel_all))
+        future = asyncio.ensure_future(asyncio.to_thread(judge_anew, judge, door, mask, cancel_all))
         running.add(future)  # the loop itself would forget it
         future.add_done_callback(running.discard)
 

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 from pydantic import BaseModel
 
-from fedcompose import ledger
+from fedcompose import ledger, receipt
 from fedcompose.adapter import AdapterConfig, parse_config
 from fedcompose.call import Call, parse_call
 from fedcompose.delivery import Receipt
@@ -77,6 +77,7 @@ PARSERS: dict[str, Callable[[bytes], object]] = {
     "ledger entry": parse_ledger,
     "approval": validated(Approval),
     "receipt": validated(Receipt),
+    "answer receipt": validated(receipt.Receipt),
 }
 
 
@@ -107,6 +108,10 @@ def test_the_examples_belong_together() -> None:
     answered = parse_provenance(EXAMPLES["adapter provenance"].encode()).call
     assert answered is not None and (answered.nonce, answered.sha256) == (call.nonce, call.digest)
     assert json.loads(base64.b64decode(example("enrolment envelope")["payload"])) == example("enrolment")
+    written = receipt.Receipt.model_validate(example("answer receipt"))
+    receipt.check_answer(written, "The answer is 42.")
+    assert (written.router, written.base) == (release.subjects["router.safetensors"], release.base.dir_hash)
+    assert written.experts[0].dir_hash == release.ingredients[0].dir_hash
 
 
 def names_in(schema: Any) -> Iterator[str]:
@@ -133,6 +138,7 @@ def names_in(schema: Any) -> Iterator[str]:
         Composition,
         Approval,
         Receipt,
+        receipt.Receipt,
     ],
 )
 def test_every_field_is_mentioned(model: type[BaseModel]) -> None:

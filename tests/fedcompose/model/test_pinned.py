@@ -11,11 +11,12 @@ from fedcompose.errors import RefusedError
 from fedcompose.model.composed import prove_alive
 from fedcompose.model.controls import MaskedScorer, NoExpertRouter, PinnedRouter, UniformRouter
 from fedcompose.model.experts import load_expert
-from fedcompose.model.learned import Router
+from fedcompose.model.learned import Router, make_router
 from fedcompose.model.lm import load_base
 from fedcompose.model.placement import compose_model
-from fedcompose.model.router import NO_EXPERT
+from fedcompose.model.router import NO_EXPERT, Point
 from fedcompose.model.scorers import LinearScorer
+from fedcompose.routing import RouterConfig
 from tests.tiny_experts import make_tiny_expert, make_tiny_router
 
 FREE = (NO_EXPERT, NO_EXPERT)
@@ -64,6 +65,14 @@ def test_a_masked_expert_is_never_the_best() -> None:
     x = torch.randn(1, 200, 32)
     assert set(Router(scorer)(x, 0).choice[0].tolist()) == {0, 1, 2}
     assert set(Router(MaskedScorer(scorer, [1]))(x, 0).choice[0].tolist()) == {0, 2}
+
+
+def test_a_masked_expert_is_not_the_best_where_the_others_have_no_vector() -> None:
+    config, x = RouterConfig(scorer="arrow", sharing="layer"), torch.randn(1, 9, 32)
+    scorer = make_router(config, [Point("mlp", 32)], 3).scorer
+    scorer.weights[0].data[0] = 1.0
+    assert set(Router(scorer)(x, 0).choice[0].tolist()) == {0}
+    assert 0 not in Router(MaskedScorer(scorer, [0]))(x, 0).choice[0].tolist()
 
 
 def test_a_dead_expert_is_found(tiny_base: Path, tmp_path: Path) -> None:

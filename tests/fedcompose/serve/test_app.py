@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -267,6 +268,22 @@ def test_what_does_not_fit_the_context_is_refused_before_it_runs(client: OpenAI,
         with pytest.raises(openai.BadRequestError) as caught:
             client.chat.completions.create(model="auto", messages=messages, max_tokens=tokens)
         assert (caught.value.code, caught.value.param) == ("context_length_exceeded", "messages")
+
+
+def test_all_prompts_are_read_in_one_thread(url: str, engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else each of several threads keeps the memory of the longest prompt that it has read."""
+    threads, prepare = set(), engine.prepare
+
+    def slow(*arguments: Any) -> Any:
+        threads.add(threading.get_ident())
+        time.sleep(0.02)
+        return prepare(*arguments)
+
+    monkeypatch.setattr(engine, "prepare", slow)
+    with ThreadPoolExecutor(8) as pool:
+        replies = list(pool.map(lambda _: post(url, max_tokens=1), range(8)))
+    assert {reply.status_code for reply in replies} == {200}
+    assert len(threads) == 1
 
 
 @pytest.mark.parametrize("stream", [True, False])

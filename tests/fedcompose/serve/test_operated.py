@@ -10,14 +10,19 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
 
+from fedcompose.amendments import revoke_keys, set_status
 from fedcompose.cli import main
+from fedcompose.drafts import amend
+from fedcompose.federation import Revocation
+from fedcompose.trust_state import accepted_file, trusted_federation
 from tests.federation_sim import FederationSim
 
 SECRET = "Zanzibar"
@@ -97,6 +102,45 @@ def test_a_release_that_is_tampered_with_while_it_is_served_serves_no_more(
         process.send_signal(signal.SIGHUP)
         _until(lambda: httpx.get(f"{url}/ready").status_code == 200)
         assert chat(url).status_code == 200
+
+
+def test_a_withdrawn_site_is_masked_until_it_is_back_and_a_withdrawn_coordinator_ends_all(
+    folder: Path, talking_sim: FederationSim
+) -> None:
+    def accept(change: Callable[[dict[str, Any]], object]) -> None:
+        now = accepted_file(talking_sim.federation.id)[0]  # type: ignore[index]
+        newer = amend(now, lambda document: change(document) and None, talking_sim.root, talking_sim.now)
+        trusted_federation(newer, None, talking_sim.now)
+        process.send_signal(signal.SIGHUP)
+
+    def masked() -> list[str]:
+        masked: list[str] = httpx.get(f"{url}/v1/models").json()["data"][0]["masked"]
+        return masked
+
+    def writers() -> set[str]:
+        tokens = chat(url, tokens=24, routing=True).json()["choices"][0]["routing"]["tokens"]
+        return {talking[row] for token in tokens for row in token["layers"]}
+
+    talking = list(talking_sim.sites)
+    trusted_federation(talking_sim.envelope, [talking_sim.root.keyid], talking_sim.now)
+    with serving(folder, talking_sim) as (url, process):
+        before = writers()
+        assert "site-b" in before
+        accept(lambda document: set_status(document, "site-b", "suspended"))
+        _until(lambda: masked() == ["site-b"])
+        assert writers() == {"site-a"}
+        assert chat(url, model="expert:site-b").status_code == 404
+        assert chat(url, routing={"force": "site-b"}).status_code == 400
+        card = httpx.get(f"{url}/release").json()
+        assert [expert["masked"] for expert in card["experts"]] == [False, True]
+        assert "site-b was withdrawn" in " ".join(card["cautions"])
+        accept(lambda document: set_status(document, "site-b", "active"))
+        _until(lambda: masked() == [])
+        assert writers() == before
+        stolen = Revocation(at=talking_sim.now, reason="compromised")
+        accept(lambda document: revoke_keys(document, [talking_sim.coordinator.keyid], stolen))
+        _until(lambda: httpx.get(f"{url}/ready").status_code == 503)
+        assert chat(url).json()["error"]["code"] == "key_revoked"
 
 
 def test_what_is_being_answered_at_the_end_is_finished(folder: Path, talking_sim: FederationSim) -> None:

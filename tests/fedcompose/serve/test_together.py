@@ -5,6 +5,8 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator
 from concurrent.futures import Future, wait
+from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -132,6 +134,22 @@ def test_the_cache_is_empty_when_all_is_said(engine: Engine) -> None:
     assert cache.compute_free_capacity() > 0.99
 
 
+def test_who_is_cancelled_before_the_manager_knows_of_him_is_cancelled_when_it_does(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The manager empties its queue of requests first: a request and its end can come between that and the other."""
+    manager, lost = engine._worker._manager, []
+    cancel = manager.cancel_request
+    monkeypatch.setattr(manager, "cancel_request", lambda name: cancel(name) if lost else lost.append(name))
+    job = engine.prepare([{"role": "user", "content": "Hello"}], Settings(max_tokens=400))
+    answer = engine.submit(job)
+    job.cancel()
+    assert answer.result(timeout=60).finish == "cancelled"
+    requests = engine._worker._processor.scheduler
+    said(ask(engine, "some steps, in which it may be noticed", Settings(max_tokens=8)))
+    assert lost and not set(lost) & (requests.active_requests.keys() | requests.waiting_requests.keys())
+
+
 def test_a_prompt_longer_than_a_step_is_read_in_parts(engine: Engine) -> None:
     long = "y" * (engine.context - 40)
     both = [ask(engine, long, Settings(max_tokens=4)) for _ in range(3)]
@@ -157,7 +175,15 @@ def test_a_masked_expert_never_speaks_again(release: VerifiedRelease, talking_si
     engine = Engine(release, talking_sim.base, torch.float32)
     try:
         both = said(ask(engine, "Hello you", Settings(max_tokens=12)))[1]
+        early = engine.prepare([{"role": "user", "content": "Hello you"}], Settings("site-a"))
+        under_way = ask(engine, "Hello you", Settings("site-b", max_tokens=400))
         engine.mask({"site-a"})
+        assert under_way.result(timeout=60).finish == "cancelled"
+        with pytest.raises(ConfigError, match="no such model"):
+            engine.submit(early)
+        under_way = ask(engine, "Hello you", Settings("site-b", max_tokens=60))
+        engine.mask({"site-a"})
+        assert under_way.result(timeout=60).finish != "cancelled", "a judgement that changes nothing ends nothing"
         left = said(ask(engine, "Hello you", Settings(max_tokens=12)))[1]
         assert {row for rows in both for row in rows} == {0, 1}
         assert {row for rows in left for row in rows} == {1}
@@ -172,6 +198,22 @@ def test_a_masked_expert_never_speaks_again(release: VerifiedRelease, talking_si
         assert said(ask(engine, "Hello you", Settings(max_tokens=12)))[1] == both
     finally:
         engine.close()
+
+
+@pytest.mark.parametrize(("estimator", "masks"), [("hard", True), ("sampled", False), ("identity", False)])
+def test_who_always_speaks_cannot_be_masked(
+    engine: Engine, release: VerifiedRelease, monkeypatch: pytest.MonkeyPatch, estimator: str, masks: bool
+) -> None:
+    router = {"estimator": estimator, "top_k": 2 if estimator == "sampled" else None}
+    router |= {"scorer": "static"} if estimator == "identity" else {}
+    other = {**release.composition, "router": {**release.composition["router"], **router}}
+    monkeypatch.setattr(engine, "release", replace(release, composition=other))
+    try:
+        with nullcontext() if masks else pytest.raises(RefusedError, match="cannot answer without"):
+            engine.mask({"site-a"})
+        assert engine.masked == ({"site-a"} if masks else set())
+    finally:
+        engine.mask(())
 
 
 def test_an_engine_that_died_says_so(release: VerifiedRelease, talking_sim: FederationSim) -> None:
