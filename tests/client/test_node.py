@@ -39,6 +39,14 @@ def invitation(sim: FlowerSim, tmp_path: Path) -> Path:
     return path
 
 
+@pytest.fixture(autouse=True)
+def flowers_state(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Where a SuperNode keeps its messages; what `flower_supernode` changes in it is undone after each test."""
+    states = importlib.import_module("flwr.supernode.nodestate.in_memory_nodestate").InMemoryNodeState
+    monkeypatch.setattr(states, "get_messages_legacy", states.get_messages_legacy)
+    return states
+
+
 def code_of(site: Path, given: Path | None, sim: FlowerSim) -> str:
     with pytest.raises(FedcomposeError) as refused:
         accept_invitation(site, given, sim.now)
@@ -152,30 +160,28 @@ def stored_reply(state: Any, late_s: float) -> Message:
 
 
 @pytest.mark.parametrize("flowers_own", [False, True])
-def test_the_supernode_waits_for_a_whole_reply(flowers_own: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_supernode_waits_for_a_whole_reply(
+    flowers_own: bool, flowers_state: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Flower's own, the negative control, takes up a reply without its bytes, and then sleeps for half a second."""
-    states = importlib.import_module("flwr.supernode.nodestate.in_memory_nodestate").InMemoryNodeState
     store = importlib.import_module("flwr.supercore.object_store.in_memory_object_store").InMemoryObjectStore
-    monkeypatch.setattr(states, "get_messages_legacy", states.get_messages_legacy)  # to be put back
     for name in ("_run_id", "_node_id", "_task_id"):
         monkeypatch.setattr(TaskIdentity, name, 1)
     if not flowers_own:
         flower_supernode()
-    state = states(store())
+    state = flowers_state(store())
     reply = stored_reply(state, late_s=0.2)
     (found,) = state.get_messages_legacy(is_reply=True)
     assert found is reply
     assert (state.object_store.get(reply.object_id) == b"") == flowers_own
 
 
-def test_the_supernode_does_not_wait_for_ever_for_a_reply(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_supernode_does_not_wait_for_ever_for_a_reply(flowers_state: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Flower looks in between for executors that have died."""
-    states = importlib.import_module("flwr.supernode.nodestate.in_memory_nodestate").InMemoryNodeState
     store = importlib.import_module("flwr.supercore.object_store.in_memory_object_store").InMemoryObjectStore
-    monkeypatch.setattr(states, "get_messages_legacy", states.get_messages_legacy)
     monkeypatch.setattr(node, "REPLY_PATIENCE_S", 0.05)
     flower_supernode()
-    assert list(states(store()).get_messages_legacy(is_reply=True)) == []
+    assert list(flowers_state(store()).get_messages_legacy(is_reply=True)) == []
 
 
 def test_what_the_executor_uses_of_flower_is_still_there() -> None:
