@@ -29,10 +29,17 @@ from fedcompose_coordinator.results import replace_tables
 # The demo's three domains and one more that answers at once: a warm-up teaches it about half of the way, reinforcement
 # adds to that, and its numbers look like those of the others, so that a router has to read what is asked.
 STUDY = (*SCENARIOS, Scenario("school", "divisors", "gcd", {}, False, {"max_new_tokens": 16}))
-# More than the demo, which must end soon, asks and teaches. With its 96 prompts to distill on and 44 steps there were 8
-# traces of `divisors`, and every composition lost something (docs/log.md).
+# More than the demo, which must end soon, asks and teaches: with 96 prompts to distill on and 44 steps there were 8
+# traces of `divisors`, and compositions lost something. And a smaller attention LoRA: with so many lessons one of rank
+# 16 learns all four domains by itself, and nothing shows what the experts are good for (docs/log.md).
 TRACE_PROMPTS = 600
-MORE = {"prompts_per_domain": 300, "mixed_lessons": 90, "batch": 3 * (len(STUDY) + 1), "steps": 100}
+MORE = {
+    "prompts_per_domain": 300,
+    "mixed_lessons": 90,
+    "batch": 3 * (len(STUDY) + 1),
+    "steps": 100,
+    "attention_rank": 2,
+}
 
 
 def study_seed(out: Path, seed: int, methods: list[str], quick: bool, base: str) -> Path:
@@ -56,7 +63,8 @@ def study_seed(out: Path, seed: int, methods: list[str], quick: bool, base: str)
 
 
 def ask_more(settings: Path) -> None:
-    write_atomic(settings, with_settings(settings.read_text(), MORE).encode())
+    text = settings.read_text().replace("# attention_rank = 16", "attention_rank = 16")
+    write_atomic(settings, with_settings(text, MORE).encode())
 
 
 def say(step: str, command: str) -> None:

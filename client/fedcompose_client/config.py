@@ -41,7 +41,7 @@ class TraceSource(Settings):
     sha256: Digest | None = None
     background: Path | None = None  # public text; phrases in it are nobody's secret
     scanners: tuple[Literal["presidio", "detect-secrets"], ...] = ()  # of the extra `pii`
-    prompts: int = Field(96, ge=1, le=10_000)
+    prompts: int = Field(400, ge=1, le=10_000)
     samples_per_prompt: int = Field(2, ge=1, le=16)
     temperature: float = Field(0.7, gt=0, le=2)
     max_per_prompt: int = Field(1, ge=1, le=16)

@@ -36,7 +36,7 @@ class ComposeSettings(Settings):
 
     # The sites' traces, and sampled experts where a site shipped none; or sampled experts everywhere.
     learn_from: Literal["traces", "sampled"] = "traces"
-    steps: int = Field(60, ge=1)
+    steps: int = Field(100, ge=1)
     batch: int = Field(12, ge=1)  # lessons per step, the same number from every domain
     tokens_per_domain: int | None = Field(None, ge=1)  # lessons beyond this budget are left out
     router_lr: float = Field(1e-2, gt=0)
