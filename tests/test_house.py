@@ -9,14 +9,18 @@ import shutil
 import subprocess
 import sys
 import tomllib
+from collections.abc import Iterator
 from pathlib import Path
 
+import click
 import pytest
+import typer.main
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from packaging.version import Version
 
 import fedcompose
+from fedcompose.cli import app
 
 ROOT = Path(__file__).parent.parent
 PACKAGES = ("fedcompose", "client/fedcompose_client", "coordinator/fedcompose_coordinator")
@@ -138,6 +142,19 @@ def test_the_command_reference_is_what_help_prints() -> None:
         check=False,
     )
     assert result.returncode == 0, result.stderr
+
+
+def test_help_swallows_no_word_in_square_brackets() -> None:
+    """`[compose]` in a help text is a style to the terminal's markup, and vanishes: it has to be escaped."""
+    swallowed = [text for text in help_texts(typer.main.get_command(app)) if re.search(r"(?<!\\)\[[a-z#@/]", text)]
+    assert swallowed == []
+
+
+def help_texts(command: click.Command) -> Iterator[str]:
+    yield from (each for each in (command.help, command.short_help) if each)
+    yield from (each.help for each in command.params if getattr(each, "help", None))
+    for child in getattr(command, "commands", {}).values():
+        yield from help_texts(child)
 
 
 @pytest.mark.parametrize(
