@@ -79,6 +79,7 @@ _PER_LAYER: dict[str, Any] = {"sharing": "layer"}
 _PER_LINEAR: dict[str, Any] = {"decides": "linear", "sharing": "module"}
 _PHATGOOSE = RouterConfig(scorer="phatgoose", estimator="top_k", top_k=2, normalise=True, **_PER_LINEAR)
 _ALONE: dict[str, Any] = {"attention_rank": 0}
+_GUIDED: dict[str, Any] = {"guidance": 1.0, "router_lr": 0.1}
 
 METHODS: Mapping[str, Method] = {
     "hard": Method(
@@ -94,7 +95,11 @@ METHODS: Mapping[str, Method] = {
     ),
     "guided": Method(
         "one expert per token; every layer's router is also told whose lesson it reads", "trained",
-        RouterConfig(bias=True, **_PER_LAYER), {"guidance": 1.0, "router_lr": 0.1}, source="ours",
+        RouterConfig(bias=True, **_PER_LAYER), _GUIDED, source="ours",
+    ),
+    "guided-sampled": Method(
+        "`guided`, learned from sampled experts, without any trace of a site", "trained",
+        RouterConfig(bias=True, **_PER_LAYER), {**_GUIDED, "learn_from": "sampled"}, source="ours",
     ),
     "gumbel": Method(
         "one expert per token; training adds noise that cools down", "trained",
