@@ -71,6 +71,8 @@ def test_import_contracts_hold() -> None:
         ),
         ("fedcompose/files.py", "import fedcompose_client.cli", "neither sees the other"),
         ("fedcompose/signing.py", "import torch", "Verifying needs no model code"),
+        ("client/fedcompose_client/run.py", "import fedcompose_client.train", "No imports in a circle"),
+        ("fedcompose/federation.py", "import fedcompose.revocations", "No imports in a circle"),
     ],
 )
 def test_a_planted_violation_is_reported(copy: Path, file: str, line: str, contract: str) -> None:

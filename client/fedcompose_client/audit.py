@@ -41,7 +41,8 @@ from fedcompose_client.config import Domain, Dp, SiteConfig, Training
 from fedcompose_client.data import Splits, same_question, split
 from fedcompose_client.one_run import Bound, hits_at, one_run_bound
 from fedcompose_client.overlap import excess_p
-from fedcompose_client.train import OnProgress, keep, learn, new_run, note_of, rows_and_owners
+from fedcompose_client.run import OnProgress, new_run, note_of
+from fedcompose_client.train import keep, learn, rows_and_owners
 
 CANARIES = 300
 FEWEST_CANARIES = 100

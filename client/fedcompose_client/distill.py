@@ -96,8 +96,7 @@ def _prompts(site: Path, domain: Domain, source: TraceSource) -> tuple[Task, lis
         return task, training(source.generator, source.config, source.prompts, FIRST_SEED)
     if source.questions == "public":
         return get_task(domain.task), public_problems(site, domain)[: source.prompts]
-    columns = {role: column for role, column in domain.columns if column is not None}
-    examples = read_examples(site / domain.file, domain.task, columns)
+    examples = read_examples(site / domain.file, domain.task, domain.columns.named())
     settings = domain.training
     rows = split(examples, settings.seed, settings.validation_count, settings.test_count).train
     return get_task(domain.task), rows[: source.prompts]

@@ -134,7 +134,7 @@ def open_firewall(site: Path, domain: Domain) -> Firewall:
     Raises: ConfigError: `TRACES_OFF`, `PUBLIC_CHANGED`, and those of reading. MissingError: `PACKAGE_MISSING`.
     """
     source = trace_source(domain)
-    columns = {role: column for role, column in domain.columns if column is not None}
+    columns = domain.columns.named()
     rows = read_rows(site / domain.file, columns.values())
     settings = domain.training
     examples = read_examples(site / domain.file, domain.task, columns)
