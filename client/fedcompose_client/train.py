@@ -25,7 +25,7 @@ from fedcompose.model.lm import merged, prompt_ids
 from fedcompose.model.sampling import sample
 from fedcompose.tasks import Example, get_task
 from fedcompose_client.config import Domain, Dp, SiteConfig
-from fedcompose_client.data import read_column, read_examples, split
+from fedcompose_client.own_rows import SETTINGS_FILE, own_rows
 from fedcompose_client.packed import Tree, advantage_tree, backward
 from fedcompose_client.private import learn_privately
 from fedcompose_client.run import (
@@ -161,30 +161,12 @@ def update(run: Run, trees: Sequence[Tree], normaliser: float, lr: float, temper
 
 def _open_run(
     folder: Path, site: Path, config: SiteConfig, domain: Domain, on_progress: OnProgress, fresh: bool, dp: Dp | None
-) -> tuple[Run, dict[int, str] | None]:
+) -> tuple[Run, Mapping[int, str] | None]:
     """The run, and where the unit of privacy is a user, whose each row is."""
     settings, base = domain.training, resolve_base(config.base)
-    examples, owners = rows_and_owners(site, domain, dp)
-    splits = split(examples, settings.seed, settings.validation_count, settings.test_count, owners)
-    _same_settings(folder, _made_from(base.digest, domain, dp), examples, fresh)
-    return new_run(folder, settings, get_task(domain.task), splits, base.path, on_progress), owners
-
-
-def rows_and_owners(site: Path, domain: Domain, dp: Dp | None) -> tuple[list[Example], dict[int, str] | None]:
-    """The site's own file; for privacy by user also whose each row is, by the row's `id`.
-
-    Raises: ConfigError: `DP_UNSOUND` where rows do not say whose they are, and all that `read_examples` raises.
-    """
-    examples = read_examples(site / domain.file, domain.task, domain.columns.named())
-    if dp is None or dp.unit == "prompt":
-        return examples, None
-    if domain.user is None:
-        raise ConfigError(
-            "DP_UNSOUND", "no differential privacy by user: the rows do not say whose they are",
-            expected="a column", fix='name it in site.toml, as in user = "patient"',
-        )  # fmt: skip
-    users = read_column(site / domain.file, domain.user)
-    return examples, {id(example): user for example, user in zip(examples, users, strict=True)}
+    own = own_rows(site, domain, dp)
+    _same_settings(folder, _made_from(base.digest, domain, dp), own.examples, fresh)
+    return new_run(folder, settings, get_task(domain.task), own.splits, base.path, on_progress), own.owners
 
 
 def _made_from(base_digest: str, domain: Domain, dp: Dp | None) -> dict[str, Any]:
@@ -196,7 +178,7 @@ def _same_settings(folder: Path, settings: dict[str, Any], examples: Sequence[Ex
     """Write down what this run is made from, or refuse to go on with something else."""
     data = sha256_hex("\n".join(f"{example.question}\t{example.answer}" for example in examples).encode())
     wanted = dump_json({**settings, "data_sha256": data})
-    path = folder / "settings.json"
+    path = folder / SETTINGS_FILE
     if fresh:
         for name in ("checkpoint.safetensors", "result.json", "progress.jsonl"):
             (folder / name).unlink(missing_ok=True)

@@ -15,7 +15,7 @@ from fedcompose.files import sha256_hex
 from fedcompose.tasks import training
 from fedcompose.traces import Trace, decode, encode
 from fedcompose_client import personal
-from fedcompose_client.config import Domain, SiteConfig, TraceSource
+from fedcompose_client.config import Domain, Dp, SiteConfig, TraceSource
 from fedcompose_client.firewall import (
     HELD_FILE,
     Firewall,
@@ -255,6 +255,20 @@ def test_every_column_of_the_file_counts_and_the_declared_ones_as_identifiers(si
     assert firewall.reasons(say(PROSE[1])) == {"overlap": "blocked"}
     assert firewall.reasons(say("Ask keeper nr00007 why.")) == {"identifier": "blocked"}
     assert firewall.reasons(say("Ask somebody else why.")) == {}
+
+
+def test_rows_count_as_trained_on_as_the_run_split_them_also_by_user(site: Path) -> None:
+    """Every keeper has two rows; a run by user trains on both or on none, one by question need not."""
+    rows = [
+        {"question": f"Why is sheep {n} grey?", "answer": "wool", "keeper": f"Keeper Nr{n // 2:05}"} for n in range(120)
+    ]
+    (site / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    wanted = domain(traces={"generator": "clock"}, user="keeper")
+    firewall = open_firewall(site, wanted, Dp(epsilon=8, unit="user"))
+    keepers = [{row[-1] for row in side} for side in (firewall.train, firewall.held_out)]
+    assert (len(firewall.train), len(firewall.held_out)) == (80, 40) and not keepers[0] & keepers[1]
+    by_question = open_firewall(site, wanted)
+    assert {row[-1] for row in by_question.train} & {row[-1] for row in by_question.held_out}
 
 
 def test_the_generators_own_words_and_the_background_are_public(site: Path) -> None:
