@@ -102,7 +102,8 @@ class FederationSim:
     def compose(self) -> Path:
         """A candidate as `compose` writes it, with a random router and attention LoRA."""
         experts, candidate = self.experts(), self.coordinator_home / "candidate"
-        weights = np.random.default_rng(0).normal(size=(len(experts), 32)).astype("<f4")
+        width = next(shape[1] for name, shape in base_shapes(self.base).items() if name.endswith(".gate_proj"))
+        weights = np.random.default_rng(0).normal(size=(len(experts), width)).astype("<f4")
         router = {"weights.0": StoredTensor("F32", weights.shape, memoryview(weights.tobytes()))}
         write_atomic(candidate / "router.safetensors", canonical_safetensors(router))
         write_adapter(candidate / "attention", read_adapter(self.attention, base_shapes(self.base)))
