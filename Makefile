@@ -33,7 +33,7 @@ $(VENV)/.installed: $(VENV)/.python $(PROJECTS) constraints.txt
 	@$(PIP) install --quiet -c constraints.txt torch hatchling editables
 	@echo "... and everything else ..."
 	@$(PIP) install --quiet -c constraints.txt --no-build-isolation \
-	  -e '.[model,serve,reasoning-gym,dev]' -e './client[dp]' -e ./coordinator
+	  -e '.[model,serve,reasoning-gym,dev]' -e './client[dp,pii]' -e './coordinator[lorahub]'
 	@echo "... done. \`source $(BIN)/activate\` puts fedcompose on the PATH."
 	@touch $@
 

@@ -123,6 +123,14 @@ def test_every_dependency_is_pinned_to_a_version_it_accepts() -> None:
                 assert requirement.specifier.contains(pinned[name]), f"{requirement} refuses {pinned[name]}"
 
 
+def test_the_tests_have_every_optional_package() -> None:
+    """A test that needs an extra is skipped where `make install` leaves it out, and `make lock` would drop its pins."""
+    installed = dict(re.findall(r"-e '(\./?\w*)\[([\w,-]+)\]'", (ROOT / "Makefile").read_text()))
+    for path, folder in zip(PROJECTS, (".", "./client", "./coordinator"), strict=True):
+        extras = {name for name in pyproject(path)["optional-dependencies"] if name not in ("client", "coordinator")}
+        assert set(installed[folder].split(",")) == extras
+
+
 def test_no_pin_pulled_flower_or_cryptography_back() -> None:
     """Next to unpinned neighbours the resolver once took flwr 1.32 and cryptography 46 without a word."""
     pinned = pins()
