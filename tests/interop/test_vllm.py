@@ -22,6 +22,7 @@ from fedcompose.model.composed import load_release
 from fedcompose.model.for_vllm import EXPERTS_FILE, export_vllm
 from fedcompose.model.lm import prompt_ids
 from fedcompose.release import ReceivedRelease, VerifiedRelease, verify_for_use
+from fedcompose.routing import RouterConfig
 from fedcompose.serve.bench import questions
 from tests.federation_sim import ATTENTION, make_federation
 from tests.tiny import make_tiny_base
@@ -99,7 +100,7 @@ def test_vllm_gives_our_greedy_tokens_and_others_by_another_routing(tmp_path: Pa
     experts = {site: make_tiny_expert(base, tmp_path / site, seed) for seed, site in enumerate(("site-a", "site-b"))}
     experts["attention"] = make_tiny_expert(base, tmp_path / "attention", seed=3, target_modules=ATTENTION)
     sim = make_federation(tmp_path / "federation", base, experts)
-    release = sim.released()
+    release = sim.released(RouterConfig(sharing="layer", bias=True))  # the default kind
     export_vllm(release, sim.base, tmp_path / "out")
 
     expected, spoke = ours(release, sim.base, PROMPTS)
