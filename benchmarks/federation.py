@@ -28,8 +28,8 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # the tests' own federation is in the clone only
 
-from fedcompose.doctor import processes
 from fedcompose.files import write_json
+from fedcompose.leftovers import processes
 from fedcompose_coordinator.tls import make_certificates
 from tests.deployed import Deployed, Parties, found, made_call, running, sign_everywhere
 

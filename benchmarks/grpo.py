@@ -41,7 +41,7 @@ from fedcompose.tasks import AnswerLine, Example, get_task, training
 from fedcompose_client import train
 from fedcompose_client.config import Training
 from fedcompose_client.data import Splits
-from fedcompose_client.train import Progress, Run
+from fedcompose_client.run import LR_RAMP_STEPS, Progress, Run, draw, new_optimizer, supervised_tree
 from fedcompose_client.trl_engine import make_trainer, reward_function
 
 TIMED_STEPS = 3
@@ -80,19 +80,17 @@ def new_run(base: Path, adapter: Adapter | None, examples: list[Example], folder
         model.generation_config.eos_token_id = tokenizer.eos_token_id
     folder.mkdir()
     splits = Splits(examples, [], [])
-    return Run(
-        folder, SETTINGS, task, splits, model, tokenizer, train.new_optimizer(model), Progress("rlvr"), _say_nothing
-    )
+    return Run(folder, SETTINGS, task, splits, model, tokenizer, new_optimizer(model), Progress("rlvr"), _say_nothing)
 
 
 def taught(base: Path, examples: list[Example], folder: Path) -> Adapter:
     """The adapter after a short warm-up, so that completions are those of a model in training."""
     run = new_run(base, None, examples, folder, full=False)
     for step in range(SETTINGS.warm_up_steps):
-        chosen = train.draw(examples, SETTINGS.warm_up_batch, step, SETTINGS.seed)
-        trees = [train.supervised_tree(run, example) for example in chosen]
+        chosen = draw(examples, SETTINGS.warm_up_batch, step, SETTINGS.seed)
+        trees = [supervised_tree(run, example) for example in chosen]
         tokens = sum(len(tree.branches[0][0]) for tree in trees)
-        loss = train.update(run, trees, float(tokens), SETTINGS.warm_up_lr * min(1.0, (step + 1) / train.LR_RAMP_STEPS))
+        loss = train.update(run, trees, float(tokens), SETTINGS.warm_up_lr * min(1.0, (step + 1) / LR_RAMP_STEPS))
         print(f"warm-up {step + 1}/{SETTINGS.warm_up_steps}, loss {loss:.2f}", flush=True)
     return {name: weight.clone() for name, weight in get_peft_model_state_dict(run.model).items()}
 
@@ -109,10 +107,10 @@ def packed_step(run: Run, step: int, full: bool) -> tuple[float, int]:
 
     with patch.object(train, "sample", watched):
         started = time.perf_counter()
-        examples = train.draw(run.splits.train, SETTINGS.prompts_per_step, step, SETTINGS.seed + 1)
+        examples = draw(run.splits.train, SETTINGS.prompts_per_step, step, SETTINGS.seed + 1)
         trees, rewards = train.explore(run, examples, step)
         normaliser = float(len(rewards) * SETTINGS.max_new_tokens)
-        train.update(run, trees, normaliser, SETTINGS.lr * min(1.0, (step + 1) / train.LR_RAMP_STEPS))
+        train.update(run, trees, normaliser, SETTINGS.lr * min(1.0, (step + 1) / LR_RAMP_STEPS))
         return time.perf_counter() - started, tokens
 
 

@@ -41,12 +41,14 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
-from fedcompose.model.experts import TARGETS, Expert, RoutedLinear, Update
+from fedcompose.model.experts import Expert, Update
+from fedcompose.model.kernels import RoutedLinear
 from fedcompose.model.learned import make_router
 from fedcompose.model.placement import compose_model, decision_points
 from fedcompose.routing import RouterConfig
 
 HIDDEN, WIDE, LAYERS = 576, 1536, 30
+TARGETS = ("gate_proj", "up_proj", "down_proj")
 STACK = 8  # layers of the MLP cases: 85 MB of weights, more than the cache of most processors
 PREFILL = TRAIN = 512  # tokens
 PERCENTILE = 0.2

@@ -35,12 +35,11 @@ from fedcompose.provenance import (
     LoraSummary,
     Provenance,
     ReleaseProvenance,
-    build_provenance,
-    build_release_provenance,
 )
 from fedcompose.release import ReceivedRelease, verify_release
 from fedcompose.routing import RouterConfig
 from fedcompose.signing import SIGNATURE_FILE, Signer, keyid_of, sign_files, verify_files
+from fedcompose.statement import build_provenance, build_release_provenance
 
 NOW = datetime(2026, 11, 20, 9, tzinfo=UTC)
 FEDERATION = "urn:uuid:6b0c0000-0000-4000-8000-000000000006"

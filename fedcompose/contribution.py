@@ -36,9 +36,9 @@ from fedcompose.provenance import (
     Provenance,
     check_limits,
     check_use,
-    parse_provenance,
 )
 from fedcompose.signing import SIGNATURE_FILE, SignedFiles, read_hint, verify_files
+from fedcompose.statement import parse_provenance
 from fedcompose.traces import MAX_TRACES_BYTES, PRIVATE_CLASSES, TRACES_FILE, Trace, decode
 
 Kind = Literal["adapter", "traces"]

@@ -231,7 +231,8 @@ def _adapt_site(demo: Demo, scenario: Scenario) -> None:
 def _adapt_coordinator(demo: Demo) -> None:
     """The demo's settings and the domains' public generators, typed into `coordinator.toml`."""
     path = demo.out / "coordinator" / "coordinator.toml"
-    settings = {"processes": 2, "seed": demo.seed, "max_new_tokens": 28, "steps": 44, "batch": 3 * len(demo.scenarios)}
+    lessons = {"steps": 60, "batch": 3 * (len(demo.scenarios) + 1), "mixed_lessons": 45}
+    settings = {"processes": 2, "seed": demo.seed, "max_new_tokens": 28} | lessons
     settings |= {"steps": 5, "prompts_per_domain": 12} if demo.quick else {}
     text = with_settings(path.read_text(), settings)
     for scenario in demo.scenarios:

@@ -16,11 +16,11 @@ short way to withdraw trust.
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import lru_cache
-from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import (
     AfterValidator,
@@ -38,9 +38,6 @@ from fedcompose.errors import RefusedError
 from fedcompose.files import parse_json, sha256_hex
 from fedcompose.keys import Identifier, NodeKey, public_key_bytes
 from fedcompose.signing import keyid_of, read_envelope_unverified, verify_envelope
-
-if TYPE_CHECKING:
-    from fedcompose.revocations import Revocations, RevokedKey
 
 FEDERATION_TYPE = "application/vnd.fedcompose.federation.v1+json"
 
@@ -221,17 +218,6 @@ class Federation(Document):
                     "what was received before that still counts, but ask its owner about it"
                 )
         return None
-
-    def with_revocations(self, revocations: Revocations) -> Federation:
-        """The same federation with the keys revoked that the list names as well."""
-        listed = {entry.keyid: entry for entry in revocations.keys}
-        if not listed.keys() & {key.keyid for _, key in self._keys()}:
-            return self
-        changes = {
-            "sites": tuple(_revoke(site, listed) for site in self.sites),
-            "coordinators": tuple(_revoke(coordinator, listed) for coordinator in self.coordinators),
-        }
-        return self.model_copy(update=changes)
 
     def _keys(self) -> Iterator[tuple[str, Key]]:
         yield from ((f"coordinator {each.id}", key) for each in self.coordinators for key in each.keys)
@@ -516,17 +502,6 @@ def worse_of(one: Revocation, other: Revocation) -> Revocation:
     """What holds if both are said: from the earlier time on, and compromised if either says so."""
     reason: Reason = "compromised" if "compromised" in (one.reason, other.reason) else "rotated"
     return Revocation(at=min(one.at, other.at), reason=reason)
-
-
-def _revoke(member: Member, listed: Mapping[str, RevokedKey]) -> Member:
-    """The member with its listed keys revoked."""
-    keys = []
-    for key in member.keys:
-        entry = listed.get(key.keyid)
-        if entry is not None:
-            key = key.model_copy(update={"revoked": worse_of(entry, key.revoked or entry)})
-        keys.append(key)
-    return member.model_copy(update={"keys": tuple(keys)})
 
 
 def _check_unique(what: str, names: Sequence[str]) -> None:

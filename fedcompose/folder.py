@@ -104,12 +104,6 @@ def open_hashed(folder: Path, name: str, max_bytes: int) -> Iterator[HashedFile]
         yield HashedFile(stream, name, max_bytes)
 
 
-def hash_file(folder: Path, name: str, max_bytes: int) -> str:
-    """SHA-256 of one file that need not fit into memory. Raises: as `read_file`."""
-    with open_hashed(folder, name, max_bytes) as file:
-        return file.digest()
-
-
 def copy_file(folder: Path, name: str, max_bytes: int, target: Path, mode: int = 0o400) -> str:
     """Copy one file to the new path `target`; the SHA-256 is of what was copied.
 

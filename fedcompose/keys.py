@@ -7,17 +7,14 @@ enrolment is signed with the new key, which proves that whoever asks to be enrol
 an older key is signed with that key as well. For a key that another program holds (`signers.py`) there are the last
 two files only.
 
-A protected key is PKCS#8 with scrypt and AES-256. `cryptography` reads that form but writes only PBKDF2 with
-2,048 rounds, which is too few, so the lines that write it are here. Signing keys serve no other purpose:
-transport has its own.
+A protected key is PKCS#8 with scrypt and AES-256 (`pkcs8.py`). Signing keys serve no other purpose: transport has
+its own.
 """
 
 from __future__ import annotations
 
-import binascii
 import getpass
 import os
-import secrets
 import stat
 import sys
 from collections.abc import Callable
@@ -27,14 +24,13 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 from cryptography.exceptions import UnsupportedAlgorithm
-from cryptography.hazmat.primitives import padding, serialization
+from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
-from cryptography.hazmat.primitives.kdf.scrypt import Scrypt
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from fedcompose.errors import ConfigError, RefusedError
 from fedcompose.files import disk_errors, dump_json, parse_json, write_atomic
+from fedcompose.pkcs8 import protected_pem
 from fedcompose.signers import outside_signer
 from fedcompose.signing import (
     Signer,
@@ -50,9 +46,6 @@ from fedcompose.signing import (
 ENROLMENT_TYPE = "application/vnd.fedcompose.enrolment.v1+json"
 PASSPHRASE_FILE_VARIABLE = "FEDCOMPOSE_PASSPHRASE_FILE"  # noqa: S105 - names a variable that names a file
 
-# The strongest scrypt that OpenSSL 3.0 opens under its default memory limit of 32 MiB: 16 MiB, a fifth of a
-# second.
-SCRYPT_N, SCRYPT_R, SCRYPT_P = 1 << 14, 8, 5
 MAX_KEY_FILE_BYTES = 16_384
 MAX_PASSPHRASE_BYTES = 1024
 
@@ -400,52 +393,4 @@ def _private_pem(key: ec.EllipticCurvePrivateKey, passphrase: bytes | None) -> b
     plain, pkcs8 = serialization.NoEncryption(), serialization.PrivateFormat.PKCS8
     if passphrase is None:
         return key.private_bytes(serialization.Encoding.PEM, pkcs8, plain)
-    return _protected_pem(key.private_bytes(serialization.Encoding.DER, pkcs8, plain), passphrase)
-
-
-def _protected_pem(pkcs8: bytes, passphrase: bytes) -> bytes:
-    """PKCS#8 `EncryptedPrivateKeyInfo`: PBES2 with scrypt and AES-256-CBC.
-
-    Source: RFC 5958 section 3, RFC 8018 appendix A.4, RFC 7914 section 7.
-    """
-    salt, iv = secrets.token_bytes(16), secrets.token_bytes(16)
-    secret = Scrypt(salt=salt, length=32, n=SCRYPT_N, r=SCRYPT_R, p=SCRYPT_P).derive(passphrase)
-    padder, encryptor = padding.PKCS7(128).padder(), Cipher(algorithms.AES(secret), modes.CBC(iv)).encryptor()
-    ciphertext = encryptor.update(padder.update(pkcs8) + padder.finalize()) + encryptor.finalize()
-    scrypt = _sequence(
-        _oid("2b06010401da47040b"),  # 1.3.6.1.4.1.11591.4.11
-        _sequence(_octets(salt), _integer(SCRYPT_N), _integer(SCRYPT_R), _integer(SCRYPT_P)),
-    )
-    aes = _sequence(_oid("60864801650304012a"), _octets(iv))  # 2.16.840.1.101.3.4.1.42
-    pbes2 = _sequence(_oid("2a864886f70d01050d"), _sequence(scrypt, aes))  # 1.2.840.113549.1.5.13
-    return _pem("ENCRYPTED PRIVATE KEY", _sequence(pbes2, _octets(ciphertext)))
-
-
-def _pem(label: str, der: bytes) -> bytes:
-    text = binascii.b2a_base64(der, newline=False)
-    lines = [text[start : start + 64] for start in range(0, len(text), 64)]
-    return b"\n".join([f"-----BEGIN {label}-----".encode(), *lines, f"-----END {label}-----".encode(), b""])
-
-
-def _der(tag: int, content: bytes) -> bytes:
-    """Tag, length, content; the length in one byte below 128, else after the number of its bytes."""
-    size = len(content)
-    octets = size.to_bytes((size.bit_length() + 7) // 8, "big")
-    length = bytes([size]) if size < 128 else bytes([0x80 | len(octets)]) + octets
-    return bytes([tag]) + length + content
-
-
-def _sequence(*items: bytes) -> bytes:
-    return _der(0x30, b"".join(items))
-
-
-def _octets(data: bytes) -> bytes:
-    return _der(0x04, data)
-
-
-def _integer(value: int) -> bytes:
-    return _der(0x02, value.to_bytes(value.bit_length() // 8 + 1, "big"))
-
-
-def _oid(encoded_hex: str) -> bytes:
-    return _der(0x06, bytes.fromhex(encoded_hex))
+    return protected_pem(key.private_bytes(serialization.Encoding.DER, pkcs8, plain), passphrase)

@@ -66,11 +66,11 @@ from fedcompose.provenance import (
     Label,
     ReleaseProvenance,
     check_use,
-    parse_release_provenance,
 )
-from fedcompose.revocations import RevokedKey
+from fedcompose.revocations import RevokedKey, with_revocations
 from fedcompose.routing import RouterConfig
 from fedcompose.signing import SIGNATURE_FILE, SignedFiles, read_hint, verify_files
+from fedcompose.statement import parse_release_provenance
 from fedcompose.trust_state import accepted_federation, accepted_revocations, remembered_federation
 
 COMPOSITION_FILE = "composition.json"
@@ -387,7 +387,7 @@ def _with_known_revocations(federation: Federation) -> Federation:
     today = accepted_federation(federation.id)
     members: list[Coordinator | Site] = [*today.coordinators, *today.sites] if today else []
     since = [RevokedKey(keyid=key.keyid, **dict(key.revoked)) for each in members for key in each.keys if key.revoked]
-    return federation.with_revocations(listed).with_revocations(listed.model_copy(update={"keys": tuple(since)}))
+    return with_revocations(with_revocations(federation, listed), listed.model_copy(update={"keys": tuple(since)}))
 
 
 def _verify_signature(

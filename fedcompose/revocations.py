@@ -11,7 +11,7 @@ list this machine accepted, and applies it wherever a federation file is believe
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime
 from typing import Annotated, Literal
 
@@ -23,6 +23,7 @@ from fedcompose.federation import (
     Document,
     Federation,
     FederationId,
+    Member,
     Revocation,
     Time,
     check_not_revoked,
@@ -89,6 +90,27 @@ class Revocations(Document):
                     got=f"dirHash {dir_hash}, entry of revocation list {self.number}",
                     fix="do not use it; ask the coordinator for a newer release",
                 )
+
+
+def with_revocations(federation: Federation, revocations: Revocations) -> Federation:
+    """The same federation with the keys revoked that the list names as well."""
+    listed = {entry.keyid: entry for entry in revocations.keys}
+    changes = {
+        "sites": tuple(_revoke(site, listed) for site in federation.sites),
+        "coordinators": tuple(_revoke(coordinator, listed) for coordinator in federation.coordinators),
+    }
+    return federation.model_copy(update=changes)
+
+
+def _revoke(member: Member, listed: Mapping[str, RevokedKey]) -> Member:
+    """The member with its listed keys revoked."""
+    keys = []
+    for key in member.keys:
+        entry = listed.get(key.keyid)
+        if entry is not None:
+            key = key.model_copy(update={"revoked": worse_of(entry, key.revoked or entry)})
+        keys.append(key)
+    return member.model_copy(update={"keys": tuple(keys)})
 
 
 def no_revocations(federation_id: str) -> Revocations:

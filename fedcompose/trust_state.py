@@ -48,6 +48,7 @@ from fedcompose.revocations import (
     parse_revocations,
     read_revocations_unverified,
     verify_revocations,
+    with_revocations,
 )
 from fedcompose.signing import read_envelope_unverified
 
@@ -126,7 +127,7 @@ def accept_federation(
         _check_clock(opened.federation, remembered, now)
         _keep(_place("federations", federation_id), envelopes[-1])
         state.federations[federation_id] = _remember(opened, remembered, history, now)
-    return opened.federation.with_revocations(accepted_revocations(federation_id))
+    return with_revocations(opened.federation, accepted_revocations(federation_id))
 
 
 def accepted_federation(federation_id: str) -> Federation | None:
@@ -135,7 +136,7 @@ def accepted_federation(federation_id: str) -> Federation | None:
     Raises: ConfigError: `TRUST_STATE_INVALID`.
     """
     found = accepted_file(federation_id)
-    return found[1].federation.with_revocations(accepted_revocations(federation_id)) if found else None
+    return with_revocations(found[1].federation, accepted_revocations(federation_id)) if found else None
 
 
 def accepted_file(federation_id: str) -> tuple[bytes, OpenedFile] | None:
@@ -167,7 +168,7 @@ def remembered_federation(envelope: bytes, at: datetime) -> Federation:
     else:
         check_roots(opened, remembered)
     check_current(federation, at)
-    return federation.with_revocations(accepted_revocations(federation.id))
+    return with_revocations(federation, accepted_revocations(federation.id))
 
 
 def pinned(federation_id: str) -> Pin | None:

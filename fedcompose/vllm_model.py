@@ -49,13 +49,14 @@ def _make_class() -> Any:
             rows, owners = sum(ranks), torch.arange(len(ranks)).repeat_interleave(torch.tensor(ranks))
             self.register_buffer("owners", owners, persistent=False)
             self.router = nn.Parameter(torch.zeros(len(ranks), hidden, dtype=torch.float32), False)
+            self.router_bias = nn.Parameter(torch.zeros(len(ranks), dtype=torch.float32), False)
             for part, into, out in (("gate", hidden, wide), ("up", hidden, wide), ("down", wide, hidden)):
                 setattr(self, f"{part}_a", nn.Parameter(torch.zeros(rows, into), False))
                 setattr(self, f"{part}_b", nn.Parameter(torch.zeros(rows, out), False))
 
         def choose(self, x: Tensor) -> Tensor:
             """(tokens, rows) 1 for the rows of each token's expert, the first of equals."""
-            choice = (x.float() @ self.router.T).argmax(-1)
+            choice = nn.functional.linear(x.float(), self.router, self.router_bias).argmax(-1)
             rows: Tensor = choice[:, None].eq(self.owners)
             return rows.to(x.dtype)
 

@@ -43,6 +43,9 @@ MLP = ["gate_proj", "up_proj", "down_proj"]
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 
 
+SHARED = RouterConfig()  # one linear for all layers
+
+
 @dataclass
 class SimSite:
     """A site's folder with a finished run in it, and its key."""
@@ -99,12 +102,11 @@ class FederationSim:
     def experts(self) -> list[VerifiedContribution]:
         return [each for each in self.admitted() if each.kind == "adapter"]
 
-    def compose(self) -> Path:
+    def compose(self, router: RouterConfig = SHARED) -> Path:
         """A candidate as `compose` writes it, with a random router and attention LoRA."""
         experts, candidate = self.experts(), self.coordinator_home / "candidate"
-        weights = np.random.default_rng(0).normal(size=(len(experts), 32)).astype("<f4")
-        router = {"weights.0": StoredTensor("F32", weights.shape, memoryview(weights.tobytes()))}
-        write_atomic(candidate / "router.safetensors", canonical_safetensors(router))
+        tensors = random_router(router, len(experts), base_shapes(self.base))
+        write_atomic(candidate / "router.safetensors", canonical_safetensors(tensors))
         write_adapter(candidate / "attention", read_adapter(self.attention, base_shapes(self.base)))
         write_json(
             candidate / "composition.json",
@@ -112,7 +114,7 @@ class FederationSim:
                 "schema": "fedcompose/composition/v1",
                 "method": "hard",
                 "base": {"name": self.base.name, "dirHash": self.base.digest},
-                "router": RouterConfig().model_dump(),
+                "router": router.model_dump(),
                 "experts": [{"site": e.site, "domain": e.domain, "dirHash": e.dir_hash} for e in experts],
                 "targets": MLP,
                 "attention": {"r": 4, "alpha": 8},
@@ -125,13 +127,24 @@ class FederationSim:
         home = self.coordinator_home
         return publish.release(home, self.coordinator, self.federation, home / "candidate", self.admitted(), self.now)
 
-    def released(self) -> VerifiedRelease:
+    def released(self, router: RouterConfig = SHARED) -> VerifiedRelease:
         """All steps at once."""
         for site_id in self.sites:
             self.contribute(site_id)
         self.receive()
-        self.compose()
+        self.compose(router)
         return self.release()
+
+
+def random_router(config: RouterConfig, experts: int, shapes: Mapping[str, tuple[int, int]]) -> dict[str, StoredTensor]:
+    """Of a linear router, one for all layers or one for each."""
+    rng, widths = np.random.default_rng(0), [shape[1] for name, shape in shapes.items() if name.endswith("gate_proj")]
+    places = range(1 if config.sharing == "model" else len(widths))
+    drawn = {f"weights.{place}": rng.normal(size=(experts, widths[place])) for place in places}
+    drawn |= {f"biases.{place}": rng.normal(size=experts) for place in places if config.bias}
+    return {
+        name: StoredTensor("F32", each.shape, memoryview(each.astype("<f4").tobytes())) for name, each in drawn.items()
+    }
 
 
 def make_federation(

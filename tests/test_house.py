@@ -9,14 +9,18 @@ import shutil
 import subprocess
 import sys
 import tomllib
+from collections.abc import Iterator
 from pathlib import Path
 
+import click
 import pytest
+import typer.main
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from packaging.version import Version
 
 import fedcompose
+from fedcompose.cli import app
 
 ROOT = Path(__file__).parent.parent
 PACKAGES = ("fedcompose", "client/fedcompose_client", "coordinator/fedcompose_coordinator")
@@ -67,6 +71,8 @@ def test_import_contracts_hold() -> None:
         ),
         ("fedcompose/files.py", "import fedcompose_client.cli", "neither sees the other"),
         ("fedcompose/signing.py", "import torch", "Verifying needs no model code"),
+        ("client/fedcompose_client/run.py", "import fedcompose_client.train", "No imports in a circle"),
+        ("fedcompose/federation.py", "import fedcompose.revocations", "No imports in a circle"),
     ],
 )
 def test_a_planted_violation_is_reported(copy: Path, file: str, line: str, contract: str) -> None:
@@ -117,6 +123,14 @@ def test_every_dependency_is_pinned_to_a_version_it_accepts() -> None:
                 assert requirement.specifier.contains(pinned[name]), f"{requirement} refuses {pinned[name]}"
 
 
+def test_the_tests_have_every_optional_package() -> None:
+    """A test that needs an extra is skipped where `make install` leaves it out, and `make lock` would drop its pins."""
+    installed = dict(re.findall(r"-e '(\./?\w*)\[([\w,-]+)\]'", (ROOT / "Makefile").read_text()))
+    for path, folder in zip(PROJECTS, (".", "./client", "./coordinator"), strict=True):
+        extras = {name for name in pyproject(path)["optional-dependencies"] if name not in ("client", "coordinator")}
+        assert set(installed[folder].split(",")) == extras
+
+
 def test_no_pin_pulled_flower_or_cryptography_back() -> None:
     """Next to unpinned neighbours the resolver once took flwr 1.32 and cryptography 46 without a word."""
     pinned = pins()
@@ -138,6 +152,19 @@ def test_the_command_reference_is_what_help_prints() -> None:
         check=False,
     )
     assert result.returncode == 0, result.stderr
+
+
+def test_help_swallows_no_word_in_square_brackets() -> None:
+    """`[compose]` in a help text is a style to the terminal's markup, and vanishes: it has to be escaped."""
+    swallowed = [text for text in help_texts(typer.main.get_command(app)) if re.search(r"(?<!\\)\[[a-z#@/]", text)]
+    assert swallowed == []
+
+
+def help_texts(command: click.Command) -> Iterator[str]:
+    yield from (each for each in (command.help, command.short_help) if each)
+    yield from (each.help for each in command.params if getattr(each, "help", None))
+    for child in getattr(command, "commands", {}).values():
+        yield from help_texts(child)
 
 
 @pytest.mark.parametrize(

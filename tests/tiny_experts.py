@@ -5,9 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from fedcompose.model.experts import TARGETS
 from fedcompose.model.learned import Router
 from fedcompose.model.scorers import LinearScorer
+
+TARGETS = ("gate_proj", "up_proj", "down_proj")
 
 
 def make_tiny_router(experts: int, seed: int = 0, hidden: int = 32, strength: float = 1.0) -> Router:

@@ -38,10 +38,12 @@ from fedcompose_client.attacks import Reading
 from fedcompose_client.canaries import Canary, make_canaries
 from fedcompose_client.claims import run_digest
 from fedcompose_client.config import Domain, Dp, SiteConfig, Training
-from fedcompose_client.data import Splits, same_question, split
+from fedcompose_client.data import Splits, same_question
 from fedcompose_client.one_run import Bound, hits_at, one_run_bound
 from fedcompose_client.overlap import excess_p
-from fedcompose_client.train import OnProgress, keep, learn, new_run, note_of, rows_and_owners
+from fedcompose_client.own_rows import dp_of, own_rows
+from fedcompose_client.run import OnProgress, new_run, note_of
+from fedcompose_client.train import keep, learn
 
 CANARIES = 300
 FEWEST_CANARIES = 100
@@ -119,15 +121,14 @@ def audit(
     folder = _folder(run / "audit", {"made_from": made_from, "count": count})
     if (folder / "audit.json").exists():
         return dict(json.loads((folder / "audit.json").read_text()))
-    dp = _dp_of(run)
-    examples, owners = rows_and_owners(site, domain, dp)
+    dp = dp_of(run)
+    own = own_rows(site, domain, dp)
     settings = domain.training.model_copy(update={"engine": "packed"})
-    splits = split(examples, settings.seed, settings.validation_count, settings.test_count, owners)
     base = resolve_base(config.base)
     bench = _bench(base, run, domain, on_progress)
-    canaries = _canaries(folder, bench, splits.train, count, settings.seed)
+    canaries = _canaries(folder, bench, own.splits.train, count, settings.seed)
     reference = _readings(folder, bench, "expert", run / "expert", canaries)
-    trained = Trained(folder, base, bench, settings, splits, canaries, reference, owners)
+    trained = Trained(folder, base, bench, settings, own.splits, canaries, reference, own.owners)
     twin = trained.twin(0, dp)
     control = trained.control()
     again = None
@@ -291,11 +292,6 @@ def _folder(folder: Path, plan: dict[str, Any]) -> Path:
         shutil.rmtree(folder)
     write_json(path, plan)
     return folder
-
-
-def _dp_of(run: Path) -> Dp | None:
-    found = json.loads((run / "settings.json").read_text()).get("dp")
-    return Dp.model_validate(found) if found else None
 
 
 def _bench(base: Base, run: Path, domain: Domain, on_progress: OnProgress) -> Bench:

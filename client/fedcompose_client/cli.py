@@ -300,9 +300,10 @@ def _print_audit(result: Mapping[str, Any]) -> None:
 
 def _review(site: Path, config: SiteConfig, domain: str, release: str | None = None) -> Review:
     from fedcompose_client import firewall
+    from fedcompose_client.own_rows import dp_of
 
     run = site / "runs" / domain
-    opened = firewall.open_firewall(site, config.domain(domain))
+    opened = firewall.open_firewall(site, config.domain(domain), dp_of(run))
     return firewall.review(run, firewall.read_sampled(run), opened, release)
 
 

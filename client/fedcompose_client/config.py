@@ -25,6 +25,10 @@ class Columns(Settings):
     solution: str | None = None
     choices: str | None = None
 
+    def named(self) -> dict[str, str]:
+        """The file's columns by what they hold, of those that it has."""
+        return self.model_dump(exclude_none=True)
+
 
 class TraceSource(Settings):
     """Where the questions of traces come from: that traces are wanted at all, and of which class.

@@ -15,7 +15,7 @@ import fcntl
 import os
 import uuid
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime, time, timedelta
 from pathlib import Path
@@ -39,10 +39,10 @@ from fedcompose.provenance import (
     Provenance,
     TraceSummary,
     UseTerms,
-    build_provenance,
     installed_versions,
 )
 from fedcompose.signing import SIGNATURE_FILE, Signer, sign_files
+from fedcompose.statement import build_provenance
 from fedcompose.traces import PRIVATE_CLASSES, TRACES_FILE, Trace, check_tokens, decode, encode
 from fedcompose_client.claims import privacy_claims
 from fedcompose_client.config import Privacy, Use
@@ -86,15 +86,7 @@ def contribute(
             "DOMAIN_NOT_ENROLLED", f"site {site.id} is enrolled for another domain", expected=site.domain, got=domain
         )
     run = site_folder / "runs" / domain
-    kinds = [kind for kind, file in (("adapter", "expert"), ("traces", TRACES_FILE)) if (run / file).exists()]
-    allowed = {kind for kind in site.may if kind != "traces" or traces}
-    wanted = [kind for kind in kinds if kind in allowed and (call is None or kind in call.want)]
-    if not wanted:
-        raise ConfigError(
-            "RUN_MISSING",
-            f"{run} holds nothing that this site may contribute",
-            fix=f"fedcompose client train --domain {domain}",
-        )
+    wanted = _wanted(run, site, call, traces)
     stated = privacy_claims(run, privacy)
     shapes = base_shapes(base) if base is not None else None
     made_at = _given_time() or now
@@ -115,6 +107,23 @@ def contribute(
                 check_answer(call, found)
         made.append(replace(found, path=target))
     return made
+
+
+def _wanted(run: Path, site: Site, call: Call | None, traces: bool) -> Sequence[str]:
+    """What the run made, the site may contribute and the call, if any, wants.
+
+    Raises: ConfigError: `RUN_MISSING`.
+    """
+    kinds = [kind for kind, file in (("adapter", "expert"), ("traces", TRACES_FILE)) if (run / file).exists()]
+    allowed = {kind for kind in site.may if kind != "traces" or traces}
+    wanted = [kind for kind in kinds if kind in allowed and (call is None or kind in call.want)]
+    if not wanted:
+        raise ConfigError(
+            "RUN_MISSING",
+            f"{run} holds nothing that this site may contribute",
+            fix=f"fedcompose client train --domain {site.domain}",
+        )
+    return wanted
 
 
 def _rebuild_adapter(run: Path, folder: Path, shapes: Mapping[str, tuple[int, int]] | None) -> dict[str, Any]:

@@ -24,8 +24,8 @@ from fedcompose.model.sampling import sample
 from fedcompose.tasks import Example, Task, generator_task, get_task, training
 from fedcompose.traces import Trace, encode, is_plain_text
 from fedcompose_client.config import Domain, SiteConfig, TraceSource
-from fedcompose_client.data import read_examples, split
 from fedcompose_client.firewall import CLASSES, SAMPLED_FILE, public_problems, trace_source
+from fedcompose_client.own_rows import dp_of, own_rows
 
 FIRST_SEED = 1_000_000  # far from seeds a person would pick, and the same at every site: seeds say nothing
 
@@ -54,7 +54,7 @@ def distill(site: Path, config: SiteConfig, domain_name: str, on_done: Callable[
             f"{run} holds no finished expert",
             fix=f"fedcompose client train --domain {domain_name}",
         )
-    task, examples = _prompts(site, domain, source)
+    task, examples = _prompts(site, domain, source, run)
     examples = [example for example in examples if is_plain_text(example.question)]
     base = resolve_base(config.base)
     tokens = control_tokens(base)
@@ -89,17 +89,14 @@ def distill(site: Path, config: SiteConfig, domain_name: str, on_done: Callable[
     return Distilled(run / SAMPLED_FILE, len(traces), len(examples), sum(map(len, groups)), correct)
 
 
-def _prompts(site: Path, domain: Domain, source: TraceSource) -> tuple[Task, list[Example]]:
+def _prompts(site: Path, domain: Domain, source: TraceSource, run: Path) -> tuple[Task, list[Example]]:
     """The problems to sample on."""
     if source.generator:
         task = get_task(generator_task(source.generator))
         return task, training(source.generator, source.config, source.prompts, FIRST_SEED)
     if source.questions == "public":
         return get_task(domain.task), public_problems(site, domain)[: source.prompts]
-    columns = {role: column for role, column in domain.columns if column is not None}
-    examples = read_examples(site / domain.file, domain.task, columns)
-    settings = domain.training
-    rows = split(examples, settings.seed, settings.validation_count, settings.test_count).train
+    rows = own_rows(site, domain, dp_of(run)).splits.train
     return get_task(domain.task), rows[: source.prompts]
 
 

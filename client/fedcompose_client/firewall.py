@@ -31,9 +31,10 @@ from fedcompose.files import read_json, read_limited, sha256_hex, write_atomic, 
 from fedcompose.rederive import rederive
 from fedcompose.tasks import Example, generator_task, get_task, training
 from fedcompose.traces import MAX_TRACES_BYTES, TRACES_FILE, ProvenanceClass, Trace, decode, encode
-from fedcompose_client.config import Domain, TraceSource
-from fedcompose_client.data import Splits, read_examples, read_rows, same_question, split
+from fedcompose_client.config import Domain, Dp, TraceSource
+from fedcompose_client.data import read_examples, read_rows
 from fedcompose_client.overlap import Runs, all_runs, excess_p, repeated_rows, runs, shares_a_run, words
+from fedcompose_client.own_rows import OwnRows, own_rows
 from fedcompose_client.personal import SCANNERS, Identifiers, Scanner, blocked_patterns, doubtful_patterns
 
 SAMPLED_FILE, REVIEW_FILE, HELD_FILE = "sampled.jsonl", "review.json", "held.jsonl"
@@ -128,18 +129,14 @@ class Firewall:
         ]
 
 
-def open_firewall(site: Path, domain: Domain) -> Firewall:
-    """The firewall of a domain, from its settings and its own file.
+def open_firewall(site: Path, domain: Domain, dp: Dp | None = None) -> Firewall:
+    """The firewall of a domain, from its settings and its own file; `dp` of the run whose traces it judges.
 
     Raises: ConfigError: `TRACES_OFF`, `PUBLIC_CHANGED`, and those of reading. MissingError: `PACKAGE_MISSING`.
     """
     source = trace_source(domain)
-    columns = {role: column for role, column in domain.columns if column is not None}
-    rows = read_rows(site / domain.file, columns.values())
-    settings = domain.training
-    examples = read_examples(site / domain.file, domain.task, columns)
-    splits = split(examples, settings.seed, settings.validation_count, settings.test_count)
-    train, held_out = _by_split([_texts(row) for row in rows], examples, splits)
+    rows = read_rows(site / domain.file, domain.columns.named().values())
+    train, held_out = _by_split([_texts(row) for row in rows], own_rows(site, domain, dp))
     problems = public_problems(site, domain)
     public = list(_public_texts(site, source, problems))
     vocabulary = {word for text in public for word in words(text)}
@@ -305,13 +302,13 @@ def _background_problems(source: TraceSource) -> list[Example]:
     return []
 
 
-def _by_split(rows: Sequence[Row], examples: Sequence[Example], splits: Splits) -> tuple[list[Row], list[Row]]:
+def _by_split(rows: Sequence[Row], own: OwnRows) -> tuple[list[Row], list[Row]]:
     """(rows that were trained on, rows kept out)."""
-    kept_out = {same_question(each.question) for each in (*splits.validation, *splits.test)}
-    sides = [same_question(example.question) in kept_out for example in examples]
+    trained = {id(example) for example in own.splits.train}
+    sides = [id(example) in trained for example in own.examples]
     return (
-        [row for row, out in zip(rows, sides, strict=True) if not out],
-        [row for row, out in zip(rows, sides, strict=True) if out],
+        [row for row, inside in zip(rows, sides, strict=True) if inside],
+        [row for row, inside in zip(rows, sides, strict=True) if not inside],
     )
 
 

@@ -70,8 +70,7 @@ def _check_expert(run: Path, domain: str) -> None:
 
 def _lessons(site: Path, domain: Domain, tokenizer: Any) -> list[tuple[list[int], list[int]]]:
     """Prompt and completion of every row that the expert was trained on, as token ids."""
-    columns = {role: column for role, column in domain.columns if column is not None}
-    examples = read_examples(site / domain.file, domain.task, columns)
+    examples = read_examples(site / domain.file, domain.task, domain.columns.named())
     settings, task = domain.training, get_task(domain.task)
     rows = split(examples, settings.seed, settings.validation_count, settings.test_count).train
     return [

@@ -10,7 +10,8 @@ from typing import Any
 from fedcompose.contribution import Kind
 from fedcompose.files import read_limited
 from fedcompose.parts import offer_digest, stream_bytes
-from fedcompose.provenance import PROVENANCE_FILE, Provenance, parse_provenance
+from fedcompose.provenance import PROVENANCE_FILE, Provenance
+from fedcompose.statement import parse_provenance
 from fedcompose.traces import MAX_TRACES_BYTES, TRACES_FILE, Trace, decode
 from fedcompose_client.offer import outbox_parts
 

@@ -36,7 +36,7 @@ from fedcompose_client.accounting import Steps, epsilon_of, noise_for
 from fedcompose_client.config import Dp, Training
 from fedcompose_client.data import same_question
 from fedcompose_client.packed import Tree, advantage_tree, backward
-from fedcompose_client.train import (
+from fedcompose_client.run import (
     LR_RAMP_STEPS,
     Run,
     after_step,

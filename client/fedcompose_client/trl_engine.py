@@ -23,7 +23,7 @@ from trl.trainer.grpo_config import GRPOConfig
 from trl.trainer.grpo_trainer import GRPOTrainer
 
 from fedcompose.errors import ConfigError
-from fedcompose_client.train import (
+from fedcompose_client.run import (
     LR_RAMP_STEPS,
     MAX_GRADIENT_NORM,
     VALIDATE_EVERY,

@@ -133,7 +133,7 @@ def compose(
     ] = None,
     seed: Annotated[int | None, typer.Option(min=0, help="Another seed than the one in the settings.")] = None,
     settings: Annotated[
-        Path | None, typer.Option("--config", help="A file with the settings of [compose], to use instead of these.")
+        Path | None, typer.Option("--config", help="A file with the settings of \\[compose], to use instead of these.")
     ] = None,
     home: Home = Path(),
     attention_only: Annotated[

@@ -15,7 +15,8 @@ from fedcompose.errors import ConfigError
 from fedcompose.federation import format_time
 from fedcompose.files import MAX_JSON_BYTES, read_limited
 from fedcompose.ledger import Entry, Head
-from fedcompose.provenance import PROVENANCE_FILE, parse_release_provenance
+from fedcompose.provenance import PROVENANCE_FILE
+from fedcompose.statement import parse_release_provenance
 from fedcompose_coordinator.decisions import LEDGER_FILE, held_heads
 
 SHOWN_CHARS = 16  # of a digest

@@ -24,7 +24,7 @@ class Compose(ComposeSettings):
     method: str = DEFAULT_METHOD
     seed: int = Field(0, ge=0)
     sampled_prompts: int = Field(400, ge=1)
-    mixed_lessons: int = Field(0, ge=0)
+    mixed_lessons: int = Field(90, ge=0)
     temperature: float = Field(0.7, gt=0, le=2)
     router: dict[str, Any] = Field(default_factory=dict)
 

@@ -1,7 +1,8 @@
 """Ways to compose: one table of all of them, and the settings that they share.
 
-A method is a router (who speaks), a way to make it, and the settings that differ from the usual ones. `hard` is
-the default; the others are there to be compared with it. All of them leave the experts as the sites signed them.
+A method is a router (who speaks), a way to make it, and the settings that differ from the usual ones. `guided`, the
+paper's `hard` with a hint, is the default; the others are there to be compared with it. All of them leave the experts
+as the sites signed them.
 
     trained      router and attention LoRA learn from lessons by gradient; `compose.py`
     sampled      the router learns from sampled selections, without a gradient through them; `remix.py`
@@ -41,7 +42,7 @@ class ComposeSettings(Settings):
     tokens_per_domain: int | None = Field(None, ge=1)  # lessons beyond this budget are left out
     router_lr: float = Field(1e-2, gt=0)
     attention_lr: float = Field(2e-3, gt=0)
-    attention_rank: int = Field(16, ge=0, le=512)  # alpha is twice the rank; 0: no attention LoRA
+    attention_rank: int = Field(2, ge=0, le=512)  # alpha is twice the rank; a large one learns what experts know
     warm_up: float = Field(0.05, ge=0, lt=1)  # share of the steps
     clip: float = Field(1.0, gt=0)  # largest norm of a step's gradient
     # Weights of the losses in `objectives.py`; 0 is off.
@@ -79,14 +80,11 @@ _PER_LAYER: dict[str, Any] = {"sharing": "layer"}
 _PER_LINEAR: dict[str, Any] = {"decides": "linear", "sharing": "module"}
 _PHATGOOSE = RouterConfig(scorer="phatgoose", estimator="top_k", top_k=2, normalise=True, **_PER_LINEAR)
 _ALONE: dict[str, Any] = {"attention_rank": 0}
+_GUIDED: dict[str, Any] = {"guidance": 1.0, "router_lr": 0.1}
 
 METHODS: Mapping[str, Method] = {
     "hard": Method(
         "one expert per token; the gradient asks all experts", "trained", RouterConfig(), source=PAPER,
-    ),
-    "hard-sampled": Method(
-        "one expert per token; learned from sampled experts, without any trace of a site", "trained",
-        RouterConfig(), {"learn_from": "sampled"}, source="ours",
     ),
     "hard-selected": Method(
         "one expert per token; the gradient asks the chosen one", "trained",
@@ -94,7 +92,11 @@ METHODS: Mapping[str, Method] = {
     ),
     "guided": Method(
         "one expert per token; every layer's router is also told whose lesson it reads", "trained",
-        RouterConfig(bias=True, **_PER_LAYER), {"guidance": 1.0, "router_lr": 0.1}, source="ours",
+        RouterConfig(bias=True, **_PER_LAYER), _GUIDED, source="ours",
+    ),
+    "guided-sampled": Method(
+        "`guided`, learned from sampled experts, without any trace of a site", "trained",
+        RouterConfig(bias=True, **_PER_LAYER), {**_GUIDED, "learn_from": "sampled"}, source="ours",
     ),
     "gumbel": Method(
         "one expert per token; training adds noise that cools down", "trained",
@@ -156,7 +158,7 @@ METHODS: Mapping[str, Method] = {
         needs_lessons=False,
     ),
 }  # fmt: skip
-DEFAULT_METHOD = "hard"
+DEFAULT_METHOD = "guided"
 
 
 @dataclass(frozen=True)

@@ -36,7 +36,6 @@ from fedcompose.provenance import (
     BaseReference,
     Ingredient,
     ReleaseProvenance,
-    build_release_provenance,
     installed_versions,
 )
 from fedcompose.release import (
@@ -53,7 +52,9 @@ from fedcompose.release import (
     parse_composition,
     verify_release,
 )
+from fedcompose.revocations import with_revocations
 from fedcompose.signing import SIGNATURE_FILE, Signer, sign_files
+from fedcompose.statement import build_release_provenance
 from fedcompose.trust_state import accepted_revocations
 from fedcompose_coordinator.decisions import deciding
 from fedcompose_coordinator.evaluation import make_parts
@@ -83,7 +84,7 @@ def release(
     """
     envelope = read_limited(home / FEDERATION_FILE, MAX_JSON_BYTES)
     stated, roots = read_federation(envelope)
-    if stated.with_revocations(accepted_revocations(stated.id)) != federation:
+    if with_revocations(stated, accepted_revocations(stated.id)) != federation:
         raise ConfigError("FEDERATION_DIFFERS", f"{home / FEDERATION_FILE} is not the federation file in use")
     coordinator, _ = federation.coordinator_key(signer.keyid, now)
     _check_releasable(candidate)

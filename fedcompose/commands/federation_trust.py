@@ -41,6 +41,7 @@ from fedcompose.revocations import (
     RevokedKey,
     WithdrawnRelease,
     next_revocations,
+    with_revocations,
 )
 from fedcompose.signing import SIGNATURE_FILE, read_envelope_unverified, read_hint, verify_files
 from fedcompose.trust_state import (
@@ -99,7 +100,7 @@ def show(
         print_json(proposal_as_dict(file, opened, known, missing) | {"signed_by": sorted(opened.own_signed)})
         return
     trust, withdrawn = _trust(opened, older, missing), accepted_revocations(opened.federation.id)
-    federation = opened.federation.with_revocations(withdrawn)
+    federation = with_revocations(opened.federation, withdrawn)
     print_federation(file, federation, opened.signed, trust, withdrawn, datetime.now(UTC))
     if known is not None and opened.federation.version > known.version:
         print_differences(differences(known, opened.federation), f"What changes from version {known.version}")

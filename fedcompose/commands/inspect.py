@@ -20,10 +20,9 @@ from fedcompose.provenance import (
     BaseReference,
     Provenance,
     ReleaseProvenance,
-    parse_provenance,
-    parse_release_provenance,
 )
 from fedcompose.release import COMPOSITION_FILE, INGREDIENTS_FOLDER, VerifiedRelease, parse_composition
+from fedcompose.statement import parse_provenance, parse_release_provenance
 
 MAX_SHOWN = 64  # rows of a table of numbers that somebody else wrote
 MAX_DOMAINS = 15

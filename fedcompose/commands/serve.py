@@ -7,7 +7,7 @@ import socket
 from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -64,6 +64,10 @@ def serve(
         str | None, typer.Option(help="The key that signs receipts; without, one that this machine makes for itself.")
     ] = None,
     bfloat16: Bfloat16 = False,
+    device_map: Annotated[
+        Literal["auto"] | None,
+        typer.Option(help="Spread a model that one GPU cannot hold over all; it then answers one request at a time."),
+    ] = None,
     root_fingerprint: Roots = None,
     base: BaseRef = None,
     as_json: Annotated[
@@ -88,7 +92,7 @@ def serve(
     if as_json:
         configure("serve")
     with _listen(host, port) as listener:
-        engine = load_engine(release, base, bfloat16)
+        engine = load_engine(release, base, bfloat16, spread=device_map is not None)
         from fedcompose.serve.app import create_app
 
         listener.listen()  # from now on whoever comes waits, and is not turned away
@@ -122,7 +126,7 @@ def require_packages(extra: str, *packages: str) -> None:
         )
 
 
-def load_engine(release: VerifiedRelease, base: str | None, bfloat16: bool) -> Engine:
+def load_engine(release: VerifiedRelease, base: str | None, bfloat16: bool, spread: bool = False) -> Engine:
     """Load a verified release, saying so; in float32, or in bfloat16 if that is allowed and a probe finds it faster.
 
     Raises: RefusedError, MissingError: as `fedcompose.model.composed.load_release`.
@@ -141,7 +145,7 @@ def load_engine(release: VerifiedRelease, base: str | None, bfloat16: bool) -> E
     from fedcompose.serve.engine import Engine
 
     chosen = None if base is None else resolve_base(base)
-    return Engine(release, chosen, None if bfloat16 else torch.float32)
+    return Engine(release, chosen, None if bfloat16 else torch.float32, spread=spread)
 
 
 def _listen(host: str, port: int) -> socket.socket:

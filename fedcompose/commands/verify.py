@@ -42,7 +42,7 @@ from fedcompose.federation import (
 from fedcompose.files import MAX_JSON_BYTES, read_limited
 from fedcompose.folder import list_files, read_file
 from fedcompose.keys import ENROLMENT_TYPE
-from fedcompose.provenance import PROVENANCE_FILE, parse_provenance, parse_release_provenance
+from fedcompose.provenance import PROVENANCE_FILE
 from fedcompose.release import (
     COMPOSITION_FILE,
     ReceivedRelease,
@@ -54,6 +54,7 @@ from fedcompose.release import (
     verify_release,
 )
 from fedcompose.revocations import REVOCATIONS_TYPE
+from fedcompose.statement import parse_provenance, parse_release_provenance
 from fedcompose.trust_state import (
     accepted_federation,
     accepted_file,

@@ -33,6 +33,7 @@ from fedcompose.model.experts import Expert, load_expert, make_expert, read_expe
 from fedcompose.model.learned import parse_router
 from fedcompose.model.lm import load_base, prompt_ids
 from fedcompose.model.placement import base_name, check_shape, compose_model, decision_points, linear_of
+from fedcompose.model.spread import spread as over_gpus
 from fedcompose.release import ATTENTION_FOLDER as ATTENTION_FOLDER
 from fedcompose.release import MAX_ROUTER_BYTES, ReceivedRelease, VerifiedRelease, verify_for_use
 from fedcompose.release import ROUTER_FILE as ROUTER_FILE
@@ -48,26 +49,33 @@ def load(
     root_fingerprints: Collection[str] | None = None,
     base: Path | str | None = None,
     transfer: bool = False,
+    spread: bool = False,
 ) -> tuple[Any, Any]:
     """Verify the release in `path`, then load it: (model, tokenizer). See `verify_for_use`, `load_release`.
 
     Raises: RefusedError: when anything in the release is not what its signatures say; nothing is loaded then.
     """
     release = verify_for_use(ReceivedRelease(Path(path)), root_fingerprints)
-    return load_release(release, base=None if base is None else resolve_base(base), transfer=transfer)
+    found = None if base is None else resolve_base(base)
+    return load_release(release, base=found, transfer=transfer, spread=spread)
 
 
 def load_release(
-    release: VerifiedRelease, dtype: torch.dtype | None = None, base: Base | None = None, transfer: bool = False
+    release: VerifiedRelease,
+    dtype: torch.dtype | None = None,
+    base: Base | None = None,
+    transfer: bool = False,
+    spread: bool = False,
 ) -> tuple[Any, Any]:
     """(model, tokenizer) of a verified release, on the base that it names or on the one given.
 
     Every file is checked against its signed digest once more as it is read. `transfer` puts the composition on another
     base that has the same linears, say a fine-tuned one; nobody has signed, or measured, what comes of it.
+    `spread` puts it on all GPUs of this machine, where one is too small.
 
     Raises: RefusedError: `BASE_MISMATCH` when the base has other bytes than the one the release was made for,
                 `FILE_CHANGED`; `ADAPTER_TENSORS`, `COMPOSE_SHAPES`, `ROUTER_INVALID` when a transfer does not fit.
-            MissingError: `BASE_NOT_FOUND`.
+            MissingError: `BASE_NOT_FOUND`; ConfigError, MissingError: as `fedcompose.model.spread.spread`.
     """
     wanted = release.composition["base"]
     base = base or resolve_base(wanted["name"])
@@ -78,14 +86,15 @@ def load_release(
             expected=wanted["dirHash"],
             got=f"{base.digest} ({base.path})",
         )
-    model, tokenizer = load_base(base.path, dtype)
+    model, tokenizer = load_base(base.path, dtype, to_gpu=not spread)
     shapes = base_shapes(base)
     if release.composition["attention"] is not None:
         settings, weights = (release.read(f"{ATTENTION_FOLDER}/{name}") for name in (CONFIG_FILE, WEIGHTS_FILE))
         _merge(model, make_expert(ATTENTION_FOLDER, parse_adapter(settings, weights, shapes)))
     experts = [read_expert(each, shapes) for each in release.experts]
     config = RouterConfig.model_validate(release.composition["router"])
-    return _with_router(model, experts, config, release.read(ROUTER_FILE)), tokenizer
+    model = _with_router(model, experts, config, release.read(ROUTER_FILE))
+    return over_gpus(model) if spread else model, tokenizer
 
 
 def prove_alive(model: Any, tokenizer: Any, names: Sequence[str]) -> None:

@@ -1,4 +1,4 @@
-"""Frozen experts inside the layers of a model.
+"""Experts as tensors: each by itself, and all of one linear together.
 
 An expert is a site's LoRA. All experts of one linear lie in one matrix A and one B, a row of each for every rank of
 every expert, one expert after the other, so that ranks may differ and an expert that leaves a linear alone has no
@@ -23,10 +23,6 @@ from torch import Tensor, nn
 
 from fedcompose.adapter import CONFIG_FILE, WEIGHTS_FILE, Adapter, parse_adapter, read_adapter
 from fedcompose.contribution import VerifiedContribution
-from fedcompose.model.kernels import gated_mlp, routed_linear, routed_mlp
-from fedcompose.model.router import RoutedBlock, RoutingContext
-
-TARGETS = ("gate_proj", "up_proj", "down_proj")
 
 
 @dataclass(frozen=True)
@@ -120,35 +116,3 @@ def _members(ranks: tuple[int, ...], device: torch.device) -> Tensor:
     A product with it spreads the weights of experts over their rows; so its backward is a product too, not a scatter.
     """
     return torch.eye(len(ranks), device=device).repeat_interleave(torch.tensor(ranks, device=device), dim=1)
-
-
-class RoutedLinear(nn.Module):
-    """A frozen linear with its experts. It follows the decision of its block, or asks as a point of its own.
-
-    It has no `weight`: code that takes a linear's weight to multiply by itself would leave the experts out, and fails.
-    """
-
-    def __init__(
-        self, linear: nn.Linear, updates: Sequence[Update | None], context: RoutingContext, point: int | None = None
-    ) -> None:
-        super().__init__()
-        self.linear = linear
-        self.experts = PackedExperts(updates, linear)
-        self.context = context
-        self.point = point
-
-    def forward(self, x: Tensor) -> Tensor:
-        decision = self.context.decision if self.point is None else self.context.decide(self.point, x)
-        return routed_linear(self.linear, self.experts, x, decision)
-
-
-class RoutedMLP(RoutedBlock):
-    """A gated MLP under its own decision: tokens are sorted by expert once, for all three of its linears."""
-
-    def forward(self, hidden_states: Tensor) -> Tensor:
-        decision = self.context.decide(self.point, hidden_states)
-        y = routed_mlp(self.block, hidden_states, decision)
-        if y is None:
-            with self.context.decided(decision):
-                y = gated_mlp(self.block, hidden_states)
-        return y

@@ -22,7 +22,7 @@ from fedcompose.vllm_model import ARCHITECTURE, PREFIX, SETTINGS
 
 EXPERTS_FILE = "fedcompose-experts.safetensors"
 PARTS = ("gate", "up", "down")
-KNOWN = {"scorer": "linear", "granularity": "token", "decides": "block", "bias": False}
+KNOWN = {"scorer": "linear", "granularity": "token", "decides": "block"}
 HARD = ("hard", "hard_selected")
 
 
@@ -40,12 +40,11 @@ def export_vllm(release: VerifiedRelease, base: Base, target: Path) -> None:
     for each in attention(release, shapes):
         add_into(model, each)
     layers = model.config.num_hidden_layers
-    stored = parse_safetensors(release.read(ROUTER_FILE))
-    routers = [torch.tensor(stored[f"weights.{number}"].float32()) for number in range(len(stored))]
+    routers = _routers(release, layers)
     tensors = {
         f"{PREFIX}{layer}.{name}": tensor.contiguous()
         for layer in range(layers)
-        for name, tensor in _of_layer(layer, experts, routers[layer if len(routers) > 1 else 0])
+        for name, tensor in _of_layer(layer, experts, *routers[layer])
     }
     with new_folder(target) as folder:
         model.save_pretrained(folder)
@@ -57,9 +56,17 @@ def export_vllm(release: VerifiedRelease, base: Base, target: Path) -> None:
         write_json(folder / ORIGIN_FILE, origin(release))
 
 
-def _of_layer(layer: int, experts: Sequence[Expert], router: Tensor) -> list[tuple[str, Tensor]]:
+def _routers(release: VerifiedRelease, layers: int) -> list[tuple[Tensor, Tensor]]:
+    """Weights and bias of every layer, also where one router serves all of them, and zeros where it has no bias."""
+    stored = {name: torch.tensor(each.float32()) for name, each in parse_safetensors(release.read(ROUTER_FILE)).items()}
+    places = [0] * layers if release.composition["router"]["sharing"] == "model" else range(layers)
+    without = torch.zeros(len(release.experts))
+    return [(stored[f"weights.{place}"], stored.get(f"biases.{place}", without)) for place in places]
+
+
+def _of_layer(layer: int, experts: Sequence[Expert], router: Tensor, bias: Tensor) -> list[tuple[str, Tensor]]:
     """The tensors of one layer: all experts' rows one below the other, the scale in B."""
-    found = [("router", router.clone())]
+    found = [("router", router.clone()), ("router_bias", bias.clone())]
     for part in PARTS:
         updates = [expert.updates[f"model.layers.{layer}.mlp.{part}_proj"] for expert in experts]
         found.append((f"{part}_a", torch.cat([update.a for update in updates])))

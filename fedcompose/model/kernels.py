@@ -1,5 +1,7 @@
 """y = W x + Σ_e g_e s_e B_e A_e x, in the form that is fastest for a decision, a shape and a device.
 
+`RoutedLinear` and `RoutedMLP` stand where a base had its own modules, and choose between the forms:
+
 plain       every expert for every token, weighted in the space of the ranks; any weights, any gradient. The form
             that the others are tested against.
 scattered   in use, where few weights are not 0: one product per expert, over the tokens that want it.
@@ -12,20 +14,51 @@ sorted      where each token has one expert at weight 1: tokens are put in the o
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
-from fedcompose.model.router import RoutingDecision, Segments
-
-if TYPE_CHECKING:
-    from fedcompose.model.experts import PackedExperts, RoutedLinear
+from fedcompose.model.experts import PackedExperts, Update
+from fedcompose.model.router import RoutedBlock, RoutingContext, RoutingDecision, Segments
 
 FEW_WEIGHTS = 0.5  # share of weights that are not 0 up to which single products are cheaper than all of them
 FEW_TOKENS = 32  # up to so many, a bfloat16 product takes a CPU longer to start than a float32 one to do
+
+
+class RoutedLinear(nn.Module):
+    """A frozen linear with its experts. It follows the decision of its block, or asks as a point of its own.
+
+    It has no `weight`: code that takes a linear's weight to multiply by itself would leave the experts out, and fails.
+    """
+
+    def __init__(
+        self, linear: nn.Linear, updates: Sequence[Update | None], context: RoutingContext, point: int | None = None
+    ) -> None:
+        super().__init__()
+        self.linear = linear
+        self.experts = PackedExperts(updates, linear)
+        self.context = context
+        self.point = point
+
+    def forward(self, x: Tensor) -> Tensor:
+        decision = self.context.decision if self.point is None else self.context.decide(self.point, x)
+        return routed_linear(self.linear, self.experts, x, decision)
+
+
+class RoutedMLP(RoutedBlock):
+    """A gated MLP under its own decision: tokens are sorted by expert once, for all three of its linears."""
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        decision = self.context.decide(self.point, hidden_states)
+        y = routed_mlp(self.block, hidden_states, decision)
+        if y is None:
+            with self.context.decided(decision):
+                y = gated_mlp(self.block, hidden_states)
+        return y
 
 
 def routed_linear(linear: nn.Linear, experts: PackedExperts, x: Tensor, decision: RoutingDecision) -> Tensor:

@@ -39,8 +39,10 @@ def fast_dtype() -> torch.dtype:
     return torch.bfloat16 if narrow * PROBE_SPEEDUP < wide else torch.float32
 
 
-def load_base(folder: Path, dtype: torch.dtype | None = None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The base in evaluation mode with every parameter frozen, and its tokenizer.
+def load_base(
+    folder: Path, dtype: torch.dtype | None = None, to_gpu: bool = True
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The base in evaluation mode with every parameter frozen, on the GPU if there is one, and its tokenizer.
 
     Raises: ConfigError: `BASE_UNUSABLE` when the folder holds no language model, causal or encoder and decoder.
     """
@@ -57,7 +59,7 @@ def load_base(folder: Path, dtype: torch.dtype | None = None) -> tuple[PreTraine
             "BASE_UNUSABLE", f"{folder} does not load as a language model", got=type(error).__name__
         ) from error
     model.eval().requires_grad_(False)
-    if torch.cuda.is_available():
+    if to_gpu and torch.cuda.is_available():
         model.to("cuda")  # type: ignore[arg-type]
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token

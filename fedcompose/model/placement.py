@@ -15,8 +15,8 @@ import torch
 from torch import nn
 
 from fedcompose.errors import ConfigError, RefusedError
-from fedcompose.model.experts import Expert, RoutedLinear, RoutedMLP
-from fedcompose.model.kernels import gated_mlp
+from fedcompose.model.experts import Expert
+from fedcompose.model.kernels import RoutedLinear, RoutedMLP, gated_mlp
 from fedcompose.model.router import Point, RoutedBlock, RoutingContext
 from fedcompose.routing import Decides
 

@@ -115,7 +115,7 @@ class RoutingRecord:
     @property
     def choices(self) -> list[Tensor]:
         """Of each call, (points, batch, seq) int64; for models whose points all read the same tokens."""
-        return [torch.stack([each.choice for each in call.values()]) for call in self.calls]
+        return [_stacked([each.choice for each in call.values()]) for call in self.calls]
 
     @property
     def probabilities(self) -> list[Tensor]:
@@ -193,6 +193,11 @@ class RoutedBlock(nn.Module):
         hidden_states = args[0] if args else kwargs["hidden_states"]
         with self.context.decided(self.context.decide(self.point, hidden_states)):
             return self.block(*args, **kwargs)
+
+
+def _stacked(choices: Sequence[Tensor]) -> Tensor:
+    """Together where the first is, for a model may lie on several devices."""
+    return torch.stack([choice.to(choices[0].device) for choice in choices])
 
 
 def _parts(counts: Sequence[int]) -> tuple[tuple[int, int, int], ...]:

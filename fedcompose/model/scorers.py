@@ -32,8 +32,9 @@ class LinearScorer(nn.Module):
         self.shared, self.bias = len(widths) == 1, bias
 
     def forward(self, hidden_states: Tensor, point: int) -> Tensor:
-        at = 0 if self.shared else point
-        return functional.linear(hidden_states.float(), self.weights[at], self.biases[at] if self.bias else None)
+        at, here = 0 if self.shared else point, hidden_states.device
+        bias = self.biases[at].to(here) if self.bias else None
+        return functional.linear(hidden_states.float(), self.weights[at].to(here), bias)
 
 
 class VectorScorer(nn.Module):
@@ -48,7 +49,7 @@ class VectorScorer(nn.Module):
         self.weights = nn.ParameterList(nn.Parameter(torch.zeros(experts, width), False) for width in widths)
 
     def forward(self, hidden_states: Tensor, point: int) -> Tensor:
-        vectors = self.weights[point]
+        vectors = self.weights[point].to(hidden_states.device)
         scores = self.compare(hidden_states.float(), vectors)
         masked: Tensor = scores.masked_fill((vectors == 0).all(-1), -torch.inf)
         return masked
@@ -62,7 +63,7 @@ class StaticScorer(nn.Module):
         self.weights = nn.ParameterList([nn.Parameter(torch.full((experts,), 1 / experts), False)])
 
     def forward(self, hidden_states: Tensor, point: int) -> Tensor:
-        weights: Tensor = self.weights[0]
+        weights: Tensor = self.weights[0].to(hidden_states.device)
         return weights.expand(*hidden_states.shape[:-1], -1)
 
 

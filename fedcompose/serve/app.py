@@ -66,7 +66,7 @@ def create_app(
     door, metrics = door or Door(), Metrics()
     door.seen = metrics.answered
     engine.on_step = metrics.step
-    metrics.load(waiting=lambda: engine.waiting, running=lambda: engine.running)
+    metrics.load(waiting=lambda: engine.waiting, running=lambda: engine.running, cache_free=lambda: engine.cache_free)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:

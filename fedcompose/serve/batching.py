@@ -83,6 +83,11 @@ class Worker:
     def waiting(self) -> int:
         return max(0, len(self._writings) - self.running)
 
+    @property
+    def free(self) -> float:
+        """The share of the cache that nobody holds. Pages of ended answers are given back in the next step."""
+        return float(self._processor.cache.compute_free_capacity())
+
     def submit(self, writing: Writing) -> None:
         """Write this answer, together with the others.
 
@@ -229,7 +234,8 @@ def engine_dead() -> MissingError:
 
 def _distinct(choices: Tensor) -> int:
     """How many experts worked at the busiest point, (points, tokens)."""
-    return max(len(each.unique()) for each in choices)
+    worked = torch.zeros(len(choices), int(choices.max()) + 2, dtype=torch.bool, device=choices.device)
+    return int(worked.scatter_(1, choices - NO_EXPERT, True).sum(1).max())
 
 
 def _pages(model: Any, context: int) -> int:

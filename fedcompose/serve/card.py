@@ -5,13 +5,16 @@ Only what was verified before loading, and what no signature shows. The claims a
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+from contextlib import suppress
 from datetime import datetime
 from typing import Any
 
 from fedcompose.contribution import VerifiedContribution
+from fedcompose.errors import ConfigError
 from fedcompose.federation import format_time
 from fedcompose.release import VerifiedRelease, cautions, newest_known
+from fedcompose.tasks import generator_names, generator_task, get_task, held_out
 
 CHECKS = (
     "the federation file is signed by roots that this server trusts",
@@ -39,8 +42,19 @@ def release_card(release: VerifiedRelease, now: datetime, masked: Collection[str
         "masked": list(release.composition.get("masked", ())),
         "experts": [{**_expert(release, expert), "masked": expert.site in masked} for expert in release.experts],
         "checked": list(CHECKS),
+        "examples": list(_examples(release)),
         "cautions": [*cautions(release, now), *map(_masked, sorted(masked))],
     }
+
+
+def _examples(release: VerifiedRelease) -> Iterator[str]:
+    """A public question of each domain that the release was measured on, in the order of the experts."""
+    known, sites = generator_names(), [expert.site for expert in release.experts]
+    domains = [each for each in (release.evaluation or {}).get("domains", []) if each.get("generator") in known]
+    for domain in sorted(domains, key=lambda each: sites.index(each["site"]) if each["site"] in sites else len(sites)):
+        with suppress(ConfigError):  # settings that this version does not know
+            (example,) = held_out(domain["generator"], domain["config"], 1)
+            yield get_task(generator_task(domain["generator"])).prompt(example.question)
 
 
 def _masked(site: str) -> str:

@@ -28,6 +28,8 @@ from fedcompose.model.controls import MaskedScorer, PinnedRouter
 from fedcompose.model.learned import PromptRouter, Router
 from fedcompose.model.lm import load_base
 from fedcompose.model.router import NO_EXPERT
+from fedcompose.model.spread import is_spread
+from fedcompose.model.spread import spread as over_gpus
 from fedcompose.release import VerifiedRelease
 from fedcompose.routing import RouterConfig
 from fedcompose.serve import batching, sequential
@@ -82,11 +84,13 @@ class Engine:
         base: Base | None = None,
         dtype: torch.dtype | None = None,
         together: bool = True,
+        spread: bool = False,
     ) -> None:
         """Load the release, on the base that it names or on the one given; `together` answers many jobs at once.
 
         In float32 an answer is the same whoever else is answered. In the narrower format that a machine may be faster
         in, `dtype` None, what is computed together is rounded together, and a near tie may fall the other way.
+        `spread` uses all GPUs for one model; over more than one, jobs are answered one at a time.
 
         Raises: RefusedError, MissingError: as `load_release`; RefusedError: `EXPERT_DEAD`.
         """
@@ -95,7 +99,8 @@ class Engine:
         self.masked: frozenset[str] = frozenset()
         self.on_step: Callable[[int], object] | None = None
         self._base = base or resolve_base(release.composition["base"]["name"])
-        self._model, self._tokenizer = load_release(release, dtype, self._base)
+        self._spread = spread
+        self._model, self._tokenizer = load_release(release, dtype, self._base, spread=spread)
         prove_alive(self._model, self._tokenizer, self.experts)
         self._chooser = self._model.routing.router
         self._pinned = PinnedRouter(self._chooser, len(self.experts))
@@ -137,6 +142,11 @@ class Engine:
     @property
     def waiting(self) -> int:
         return sum(worker.waiting for worker in self._workers)
+
+    @property
+    def cache_free(self) -> float:
+        """The share of the fullest cache that no answer holds."""
+        return min(worker.free for worker in self._workers)
 
     def prepare(self, messages: Sequence[Mapping[str, str]], settings: Settings) -> Job:
         """A job that continues the conversation `messages`, each a `role` and a `content`.
@@ -225,7 +235,9 @@ class Engine:
     def _work(self, model: Any, router: PinnedRouter | None) -> Worker:
         """The model's worker: the fast one, if the model is of a kind that it takes."""
         worker: Worker | None = None
-        if self._together:
+        if is_spread(model):  # the cache of continuous batching lies on one device
+            log.warning("over several devices a model answers one request at a time")
+        elif self._together:
             try:
                 worker = batching.Worker(model, router, self._window)
             except (MissingError, ValueError, TypeError, AttributeError, NotImplementedError, KeyError) as error:
@@ -242,8 +254,8 @@ class Engine:
         """The base alone. The composed model cannot play it: the attention LoRA is merged into its weights."""
         with self._loading:
             if self._plain is None:
-                model, _ = load_base(self._base.path, dtype=self._model.dtype)
-                self._plain = self._work(model, None)
+                model, _ = load_base(self._base.path, dtype=self._model.dtype, to_gpu=not self._spread)
+                self._plain = self._work(over_gpus(model) if self._spread else model, None)
             return self._plain
 
     def _job(self, prompt: list[int], settings: Settings) -> Job:

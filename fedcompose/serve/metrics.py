@@ -51,11 +51,15 @@ class Metrics:
         )
         self._waiting = Gauge("fedcompose_requests_waiting", "Not begun yet.", registry=self.registry)
         self._running = Gauge("fedcompose_requests_running", "Being written.", registry=self.registry)
+        self._cache = Gauge(
+            "fedcompose_cache_free_ratio", "Share of the cache that no answer holds.", registry=self.registry
+        )
 
-    def load(self, waiting: Callable[[], float], running: Callable[[], float]) -> None:
-        """How to look up the queue whenever somebody reads the numbers."""
+    def load(self, waiting: Callable[[], float], running: Callable[[], float], cache_free: Callable[[], float]) -> None:
+        """How to look up the queue and the cache whenever somebody reads the numbers."""
         self._waiting.set_function(waiting)
         self._running.set_function(running)
+        self._cache.set_function(cache_free)
 
     def answered(self, path: str, status: int) -> None:
         """Unknown paths count as one, so that a stranger cannot make rows."""

@@ -24,7 +24,7 @@ from fedcompose.serve.writing import Writing
 class Worker:
     """One model and the thread that runs it; the same to use as `batching.Worker`."""
 
-    alive = True
+    alive, free = True, 1.0  # each answer has a cache of its own, and takes it along
 
     def __init__(self, model: Any, router: PinnedRouter | None, context: int) -> None:
         self._model, self._router, self.capacity = model, router, context

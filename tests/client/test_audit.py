@@ -19,7 +19,7 @@ from fedcompose.tasks import Example, get_task
 from fedcompose_client import attacks, private
 from fedcompose_client.accounting import Steps, epsilon_of
 from fedcompose_client.attacks import Reading
-from fedcompose_client.audit import Evidence, audit, judge
+from fedcompose_client.audit import CANARIES, Evidence, _attack, audit, judge
 from fedcompose_client.canaries import make_canaries
 from fedcompose_client.claims import privacy_claims
 from fedcompose_client.cli import app
@@ -60,6 +60,23 @@ def test_the_verdict_follows_its_thresholds(twin: Evidence, control: Evidence, c
     found = judge(twin, control, canaries)
     assert found["verdict"] == verdict
     assert bool(found["reasons"]) == (verdict != "pass")
+
+
+def test_how_often_a_training_that_keeps_nothing_passes_is_a_matter_of_canaries() -> None:
+    """docs/privacy.md says so: with the default number about four in ten end with a warning, with 1,000 hardly any."""
+    lots = np.random.default_rng(0)
+
+    def passed(canaries: int) -> float:
+        verdicts = []
+        for _ in range(100):
+            coins = [bool(coin) for coin in lots.random(canaries) < 0.5]
+            found = {"likelihood": _attack(lots.normal(size=canaries).tolist(), coins)}
+            verdicts.append(judge(replace(evidence(), attacks=found), STRONG, canaries)["verdict"])
+        assert set(verdicts) <= {"pass", "warn"}
+        return verdicts.count("pass") / len(verdicts)
+
+    assert 0.4 < passed(CANARIES) < 0.8
+    assert passed(1000) > 0.95
 
 
 def test_a_claim_is_refuted_by_two_twins_and_not_by_one() -> None:

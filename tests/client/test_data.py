@@ -204,6 +204,24 @@ def test_splits_depend_on_the_questions_and_the_seed_alone() -> None:
     assert split(examples, 0, 20, 30) != split(examples, 1, 20, 30)
 
 
+@pytest.mark.parametrize("of_people", [False, True])
+def test_one_unit_more_changes_the_training_rows_by_one_unit(of_people: bool) -> None:
+    """What differential privacy calls neighbours; wherever the one more lands, and however many rows it has."""
+
+    def trained(first: int) -> set[str]:
+        rows = [Example(f"q{unit}" if not of_people else f"q{unit}.{row}", str(row))
+                for unit in range(first, 60) for row in range(1 + unit % 3)]  # fmt: skip
+        owners = {id(row): row.question.partition(".")[0] for row in rows} if of_people else None
+        return {row.question.partition(".")[0] for row in split(rows, 0, 15, 20, owners).train}
+
+    landed = set()
+    for first in range(1, 12):
+        fewer, more = trained(first), trained(first - 1)
+        assert len(more) == len(fewer) + 1 and fewer < more
+        landed.add(f"q{first - 1}" in more)
+    assert landed == {True, False}, "some of those added are trained on, and some push another one out of the tests"
+
+
 def test_no_question_stands_in_two_splits() -> None:
     rows = [
         Example(f"{spaces}What  IS {n}?" if n % 2 else f"what is {n}?", str(n))

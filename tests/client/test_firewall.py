@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import random
+import subprocess
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +17,7 @@ from fedcompose.files import sha256_hex
 from fedcompose.tasks import training
 from fedcompose.traces import Trace, decode, encode
 from fedcompose_client import personal
-from fedcompose_client.config import Domain, SiteConfig, TraceSource
+from fedcompose_client.config import Domain, Dp, SiteConfig, TraceSource
 from fedcompose_client.firewall import (
     HELD_FILE,
     Firewall,
@@ -169,16 +171,35 @@ def test_what_a_scanner_is_certain_of_is_blocked_and_the_rest_held() -> None:
     assert firewall.reasons(say("y")) == {}
 
 
-def test_presidio_and_detect_secrets_find_what_they_know_without_a_network(monkeypatch: pytest.MonkeyPatch) -> None:
+# A child, because an audit hook stays where it is: it notes whoever asks for an address or connects, and stops it.
+SCAN = """
+import sys
+asked = []
+def watch(event, arguments):
+    if event in ("socket.connect", "socket.getaddrinfo", "socket.gethostbyname", "socket.sendto", "socket.sendmsg"):
+        asked.append(arguments[1:])
+        raise OSError("no network here")
+sys.addaudithook(watch)
+from fedcompose_client import personal
+presidio, secrets = personal.presidio(), personal.detect_secrets()
+import spacy.util, tldextract.tldextract
+assert spacy.util.get_installed_models() == []
+MAIL = "mail jane.roe@clinic.example.org now"
+assert presidio(MAIL)["email_address"]
+assert presidio("IBAN DE89 3704 0044 0532 0130 00")["iban_code"]
+assert presidio("She has 16 - 3 - 4 = 9 eggs, then 9 * 2 = 18") == {}
+assert secrets("key ghp_" + "a" * 36) and secrets("the sum is 18") == {}
+assert asked == [], asked
+tldextract.tldextract.TLD_EXTRACTOR = tldextract.TLDExtract(cache_dir=None)
+presidio(MAIL)
+assert asked, "the control: as the package comes, it asks the network, and the hook sees it"
+"""
+
+
+def test_presidio_and_detect_secrets_find_what_they_know_without_a_network() -> None:
     pytest.importorskip("presidio_analyzer")
-    asked: list[object] = []
-    monkeypatch.setattr("socket.getaddrinfo", lambda *address, **_: asked.append(address))
-    presidio, secrets = personal.presidio(), personal.detect_secrets()
-    assert presidio("mail jane.roe@clinic.example.org now")["email_address"]
-    assert presidio("IBAN DE89 3704 0044 0532 0130 00")["iban_code"]
-    assert presidio("She has 16 - 3 - 4 = 9 eggs, then 9 * 2 = 18") == {}
-    assert secrets("key ghp_" + "a" * 36) and secrets("the sum is 18") == {}
-    assert asked == []
+    done = subprocess.run([sys.executable, "-c", SCAN], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 # What may pass at all -----------------------------------------------------------------------------
@@ -255,6 +276,20 @@ def test_every_column_of_the_file_counts_and_the_declared_ones_as_identifiers(si
     assert firewall.reasons(say(PROSE[1])) == {"overlap": "blocked"}
     assert firewall.reasons(say("Ask keeper nr00007 why.")) == {"identifier": "blocked"}
     assert firewall.reasons(say("Ask somebody else why.")) == {}
+
+
+def test_rows_count_as_trained_on_as_the_run_split_them_also_by_user(site: Path) -> None:
+    """Every keeper has two rows; a run by user trains on both or on none, one by question need not."""
+    rows = [
+        {"question": f"Why is sheep {n} grey?", "answer": "wool", "keeper": f"Keeper Nr{n // 2:05}"} for n in range(120)
+    ]
+    (site / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    wanted = domain(traces={"generator": "clock"}, user="keeper")
+    firewall = open_firewall(site, wanted, Dp(epsilon=8, unit="user"))
+    keepers = [{row[-1] for row in side} for side in (firewall.train, firewall.held_out)]
+    assert (len(firewall.train), len(firewall.held_out)) == (80, 40) and not keepers[0] & keepers[1]
+    by_question = open_firewall(site, wanted)
+    assert {row[-1] for row in by_question.train} & {row[-1] for row in by_question.held_out}
 
 
 def test_the_generators_own_words_and_the_background_are_public(site: Path) -> None:

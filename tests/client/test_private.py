@@ -19,7 +19,8 @@ from fedcompose_client.accounting import Steps, epsilon_of, noise_for
 from fedcompose_client.config import Dp, Training
 from fedcompose_client.packed import Tree, backward
 from fedcompose_client.private import check_sound, gradient_alone, learn_privately, noisy_sum, public_count, units_of
-from fedcompose_client.train import train, trainable
+from fedcompose_client.run import trainable
+from fedcompose_client.train import train
 from tests.client.small_site import make_site, silent
 
 SHAPES = [torch.Size([3, 4]), torch.Size([5])]

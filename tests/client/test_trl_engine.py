@@ -17,12 +17,13 @@ from transformers import TrainerCallback
 
 from fedcompose.model.lm import load_base, pad_right, prompt_ids
 from fedcompose.tasks import Example
-from fedcompose_client import train as train_module
+from fedcompose_client import run as run_module
 from fedcompose_client import trl_engine
 from fedcompose_client.config import Training
 from fedcompose_client.data import Splits
 from fedcompose_client.packed import Tree, advantage_tree, backward
-from fedcompose_client.train import Progress, Run, new_optimizer, train, trainable, update
+from fedcompose_client.run import Progress, Run, new_optimizer, trainable
+from fedcompose_client.train import train, update
 from fedcompose_client.trl_engine import make_trainer, reward_function
 from tests.client.small_site import make_site, silent
 
@@ -185,7 +186,7 @@ def test_trl_reports_to_nobody(run: Run, monkeypatch: pytest.MonkeyPatch) -> Non
 def test_a_killed_run_resumes_to_the_same_expert(
     tmp_path: Path, teachable_base: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(train_module, "CHECKPOINT_EVERY", 2)
+    monkeypatch.setattr(run_module, "CHECKPOINT_EVERY", 2)
     monkeypatch.setattr(trl_engine, "VALIDATE_EVERY", 2)
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     result = train(whole, make_site(whole, teachable_base, engine="trl", steps=3), "order", silent)

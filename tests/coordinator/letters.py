@@ -15,10 +15,10 @@ from fedcompose.adapter import read_adapter
 from fedcompose.contribution import VerifiedContribution
 from fedcompose.files import dir_hash, folder_digests
 from fedcompose.gates import GATES_FILE, write_gates
-from fedcompose.model.experts import TARGETS
 from fedcompose.model.lm import load_base
 from fedcompose_coordinator.completion import completion_losses, make_pass
 from fedcompose_coordinator.lessons import Lesson, encode
+from tests.tiny_experts import TARGETS
 
 LETTERS = {"alpha": "A", "beta": "B"}
 

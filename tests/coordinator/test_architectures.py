@@ -86,12 +86,11 @@ def test_methods_compose_other_architectures(
         assert all(abs(sum(share) - 1) < 1e-5 for share in log[-1]["share"].values())
 
 
+@pytest.mark.parametrize("world", ["T5"], indirect=True)
 def test_the_loss_of_a_model_with_two_sequences_is_that_of_its_own_head(
     world: tuple[str, Base, list[VerifiedContribution]],
 ) -> None:
-    name, base, _ = world
-    if name != "T5":
-        pytest.skip("one sequence")
+    _, base, _ = world
     model, tokenizer = assemble(base, [], Path("nowhere"), dtype=torch.float32)
     rows = encode(tokenizer, LESSONS, DOMAINS)
     found = completion_losses(model, make_pass(model, rows, tokenizer.pad_token_id))

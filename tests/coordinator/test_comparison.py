@@ -16,6 +16,7 @@ from fedcompose.files import write_json
 from fedcompose_coordinator.comparison import Wanted, candidates, make_run, parameters, summarise
 from fedcompose_coordinator.evaluation import Parts
 from fedcompose_coordinator.grid import Method
+from fedcompose_coordinator.methods import DEFAULT_METHOD
 from fedcompose_coordinator.names import compared, title
 from fedcompose_coordinator.questions import MIXED
 from fedcompose_coordinator.results import BEGIN, END, markdown, replace_tables
@@ -53,7 +54,7 @@ def test_controls_are_always_composed_and_nothing_twice() -> None:
         (name, seed) for seed in (4, 5) for name in ("hard", "prompt", "attention_only")
     ]
     assert found[0].arguments == ["--method", "hard", "--seed", "4"]
-    assert found[2].arguments == ["--attention-only", "--method", "hard", "--seed", "4"]
+    assert found[2].arguments == ["--attention-only", "--method", DEFAULT_METHOD, "--seed", "4"]
 
 
 def test_an_unknown_method_is_refused() -> None:

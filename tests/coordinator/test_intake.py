@@ -19,7 +19,7 @@ from fedcompose.contribution import Kind, ReceivedContribution, VerifiedContribu
 from fedcompose.errors import ConfigError, MissingError, RefusedError
 from fedcompose.federation import Federation, format_time
 from fedcompose.files import dump_json, folder_digests, write_atomic
-from fedcompose.revocations import RevokedKey, no_revocations
+from fedcompose.revocations import RevokedKey, no_revocations, with_revocations
 from fedcompose.signing import sign_envelope, sign_files
 from fedcompose.traces import Trace, decode, is_plain_text
 from fedcompose_client.contribute import contribute
@@ -370,7 +370,7 @@ def withdrawn(sim: FederationSim, reason: str, at: datetime) -> Federation:
     """The federation once a revocation list with site-a's key was accepted."""
     entry = RevokedKey(keyid=sim.sites["site-a"].signer.keyid, at=at, reason=reason)  # type: ignore[arg-type]
     accepted = no_revocations(sim.federation.id).model_copy(update={"keys": (entry,)})
-    return sim.federation.with_revocations(accepted)
+    return with_revocations(sim.federation, accepted)
 
 
 @pytest.mark.parametrize("reason", ["rotated", "compromised"])

@@ -86,7 +86,7 @@ def test_a_method_can_be_changed_in_parts_but_not_into_one_that_cannot_learn() -
 
 def test_what_is_not_set_is_the_method_s_own_and_the_router_s_parts_stay_with_their_method() -> None:
     wanted = Compose(method="hard", steps=7, router={"sharing": "layer"})
-    assert wanted.recipe().router == RouterConfig(sharing="layer") and wanted.recipe().settings.attention_rank == 16
+    assert wanted.recipe().router == RouterConfig(sharing="layer") and wanted.recipe().settings.attention_rank == 2
     remix = wanted.recipe("remix")
     assert remix.settings.steps == 7 and remix.attention_rank == 0 and remix.router == METHODS["remix"].router
     assert Compose(attention_rank=4).recipe("remix").attention_rank == 4

@@ -11,7 +11,6 @@ import pytest
 import torch
 
 from fedcompose.bases import resolve_base
-from fedcompose.model.experts import TARGETS
 from fedcompose.model.lm import load_base
 from fedcompose.tasks import Example
 from fedcompose_coordinator import probes
@@ -21,6 +20,7 @@ from fedcompose_coordinator.lessons import Lesson, encode
 from fedcompose_coordinator.probes import BASE, ask_all, battery, mixed_questions
 from fedcompose_coordinator.questions import Domain
 from fedcompose_coordinator.screening import agreement, by_triggers, codes_by_site
+from tests.tiny_experts import TARGETS
 
 
 class Echo:

@@ -3,8 +3,6 @@ from __future__ import annotations
 import http.server
 import json
 import ssl
-import subprocess
-import sys
 import threading
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta
@@ -16,7 +14,7 @@ from typer.testing import CliRunner
 
 from fedcompose import doctor
 from fedcompose.commands.doctor import register
-from fedcompose.doctor import Finding, Process, examine, leftovers
+from fedcompose.doctor import Finding, examine
 from fedcompose.files import write_atomic
 from fedcompose.invitation import INVITATION_FILE, make_invitation
 from fedcompose_coordinator.tls import make_certificates
@@ -152,34 +150,6 @@ def test_a_listener_that_answers_everybody(sim: FlowerSim, port: int, monkeypatc
 @pytest.mark.parametrize(("seconds", "state"), [(0, "ok"), (-59, "ok"), (61, "note"), (-301, "bad"), (301, "bad")])
 def test_clocks_that_are_apart(seconds: int, state: str) -> None:
     assert doctor.clock(timedelta(seconds=seconds)).state == state
-
-
-def test_processes_that_nobody_looks_after(tmp_path: Path) -> None:
-    place = str(tmp_path)
-    running = {
-        each.pid: each
-        for each in [
-            Process(10, 1, "python -m fedcompose client join", place),  # started by hand, or by systemd
-            Process(11, 10, "flower-supernode --isolation process", place),
-            Process(20, 1, "flower-supernode --isolation process", place),  # its parent has died
-            Process(21, 20, "flwr-clientapp", place),
-            Process(30, 1, "flower-supernode --isolation process", "/elsewhere"),
-            Process(40, 99, f"python -m fedcompose client train --site {place}", "/root"),  # a person's, from a shell
-            Process(50, 1, "bash", place),
-        ]
-    }
-    assert [each.pid for each in leftovers(tmp_path, running)] == [20, 21]
-
-
-def test_processes_of_this_machine_are_seen() -> None:
-    """Negative control: a list that is always empty would find nothing left over."""
-    child = subprocess.Popen([sys.executable, "-c", "input('fedcompose')"], stdin=subprocess.PIPE)
-    try:
-        assert doctor.processes()[child.pid].parent > 1
-        assert "input" in doctor.processes()[child.pid].command
-    finally:
-        child.kill()
-        child.communicate()
 
 
 def test_the_command_ends_with_3_when_something_is_bad(sim: FlowerSim) -> None:

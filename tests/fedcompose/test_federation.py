@@ -15,7 +15,7 @@ from fedcompose.federation import (
     read_federation,
     verify_federation,
 )
-from fedcompose.revocations import RevokedKey, no_revocations
+from fedcompose.revocations import RevokedKey, no_revocations, with_revocations
 from fedcompose.signing import keyid_of
 from tests.federation_files import (
     DAY,
@@ -178,7 +178,7 @@ def listed(*entries: RevokedKey) -> Any:
 
 def test_a_revocation_list_applies_to_every_key_that_it_names() -> None:
     entries = [RevokedKey(keyid=each.keyid, at=NOW, reason="compromised") for each in (SITE, HUB, STRANGER)]
-    federation = verify(THIRD).with_revocations(listed(*entries))
+    federation = with_revocations(verify(THIRD), listed(*entries))
     assert code_of(lambda: federation.site_key(SITE.keyid, NOW)) == "KEY_REVOKED"
     assert code_of(lambda: federation.coordinator_key(HUB.keyid, NOW + DAY)) == "KEY_REVOKED"
     assert federation.doubts(SITE.keyid)
@@ -199,7 +199,7 @@ def test_file_and_list_together_withdraw_what_either_withdraws(
 ) -> None:
     revoked = {"at": format_time(NOW + of_file[0] * DAY), "reason": of_file[1]}
     entry = RevokedKey(keyid=SITE.keyid, at=NOW + of_list[0] * DAY, reason=of_list[1])
-    federation = verify(changed(THIRD, *KEY, "revoked", revoked)).with_revocations(listed(entry))
+    federation = with_revocations(verify(changed(THIRD, *KEY, "revoked", revoked)), listed(entry))
     found = federation.site("site-a").keys[0].revoked
     assert found is not None
     assert (found.at, found.reason) == (NOW + together[0] * DAY, together[1])

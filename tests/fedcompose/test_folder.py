@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from fedcompose.errors import FedcomposeError, RefusedError
-from fedcompose.folder import check_names, copy_file, hash_file, list_files, open_hashed, read_file
+from fedcompose.folder import check_names, copy_file, list_files, open_hashed, read_file
 
 DATA = bytes(range(256)) * 4000
 
@@ -28,10 +28,15 @@ def test_the_digest_is_of_the_bytes_that_were_handed_out_even_if_the_file_change
     assert seen != DATA and not seen.startswith(b"x")
 
 
+def digest_of(folder: Path, limit: int) -> str:
+    with open_hashed(folder, "file", limit) as file:
+        return file.digest()
+
+
 def test_all_ways_of_reading_give_one_digest_and_one_limit(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(DATA)
     expected = hashlib.sha256(DATA).hexdigest()
-    assert hash_file(tmp_path, "file", len(DATA)) == expected
+    assert digest_of(tmp_path, len(DATA)) == expected
     assert copy_file(tmp_path, "file", len(DATA), tmp_path / "copy") == expected
     assert (tmp_path / "copy").read_bytes() == DATA
     assert read_file(tmp_path, "file", len(DATA)) == DATA
@@ -39,7 +44,7 @@ def test_all_ways_of_reading_give_one_digest_and_one_limit(tmp_path: Path) -> No
     for action in (
         lambda: check_names({"file": 10}, {"file": 9}, {}),  # before anything is read
         lambda: read_file(tmp_path, "file", len(DATA) - 1),
-        lambda: hash_file(tmp_path, "file", len(DATA) - 1),
+        lambda: digest_of(tmp_path, len(DATA) - 1),
         lambda: copy_file(tmp_path, "file", len(DATA) - 1, tmp_path / "large"),
     ):
         with pytest.raises(RefusedError) as caught:

@@ -26,10 +26,10 @@ from fedcompose.federation import Federation
 from fedcompose.files import dump_json, sha256_hex
 from fedcompose.invitation import Invitation
 from fedcompose.keys import Enrolment, read_enrolment
-from fedcompose.provenance import _Statement, parse_provenance, parse_release_provenance
 from fedcompose.release import Composition, parse_composition
 from fedcompose.revocations import Revocations, parse_revocations
 from fedcompose.signing import keyid_of, verify_files
+from fedcompose.statement import _Statement, parse_provenance, parse_release_provenance
 from fedcompose.traces import Trace, decode
 from fedcompose_coordinator.approvals import Approval
 

@@ -26,13 +26,10 @@ from fedcompose.provenance import (
     SiteLimits,
     TraceSummary,
     UseTerms,
-    build_provenance,
-    build_release_provenance,
     check_limits,
     check_use,
-    parse_provenance,
-    parse_release_provenance,
 )
+from fedcompose.statement import build_provenance, build_release_provenance, parse_provenance, parse_release_provenance
 
 NOW = datetime(2026, 11, 21, 9, 0, tzinfo=UTC)
 FEDERATION = "urn:uuid:00000000-0000-4000-8000-000000000001"

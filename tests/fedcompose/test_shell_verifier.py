@@ -22,8 +22,10 @@ from fedcompose.federation import FEDERATION_TYPE, Revocation, format_time
 from fedcompose.files import dump_json, folder_digests, write_json
 from fedcompose.keys import FileSigner, _signer
 from fedcompose.release import ReceivedRelease, verify_release
-from fedcompose.signing import sign_envelope, sign_files
-from tests.attacks import releases
+from fedcompose.revocations import RevokedKey, WithdrawnRelease, next_revocations, no_revocations
+from fedcompose.signing import sign_envelope, sign_files, verify_files
+from fedcompose.trust_state import accept_revocations, trusted_federation
+from tests.attacks import releases, terms
 from tests.attacks.attack import Release
 from tests.federation_sim import FederationSim, make_federation
 
@@ -173,6 +175,29 @@ def claimed(path: str, value: Any) -> Tamper:
     return edited("provenance.json", change)
 
 
+def saying(**claims: Any) -> Tamper:
+    """Site a itself says this of its expert, and the coordinator releases with it all the same."""
+
+    def tamper(folder: Path, sim: FederationSim) -> None:
+        attack = Release(sim, folder, sim.coordinator)
+        expert = Release(sim, attack.path(releases.OURS), sim.sites["site-a"].signer)
+        expert.claim(**claims)
+        signed_again = verify_files(expert.path("model.sig").read_bytes(), expert.signer.public_pem)
+        releases.rename_expert(attack, 0, signed_again)
+        attack.sign()
+
+    return tamper
+
+
+def until_just_after(folder: Path, sim: FederationSim) -> None:
+    """Terms that were good when the release was made, and are over now."""
+    saying(use=terms.use(expires=format_time(sim.now + timedelta(seconds=1))))(folder, sim)
+
+
+def audited(verdict: str, required: str) -> Tamper:
+    return saying(audit={"verdict": verdict, "target": "twin"}, limits={"requireAudit": required})
+
+
 def answering(*calls: str) -> Tamper:
     """Both experts answer a call of one name, of which each site may have been told something else."""
     return lambda folder, sim: releases.answering(Release(sim, folder, sim.coordinator), *calls)
@@ -235,6 +260,17 @@ RELEASES: dict[str, tuple[Tamper, str | None]] = {
     "received after its site's key was stolen": (signed(federated(revoke_before)), "KEY_REVOKED"),
     "experts of two calls with one name": (answering("1" * 64, "2" * 64), "INGREDIENT_CALL"),
     "experts of one call": (answering("1" * 64, "1" * 64), None),
+    "terms that hold": (saying(use=terms.use()), None),
+    "terms that were over": (saying(use=terms.use(-1)), "USE_EXPIRED"),
+    "terms that are over by now": (until_just_after, None),
+    "terms for another coordinator": (saying(use=terms.use(recipients=["hub-2"])), "USE_RECIPIENT"),
+    "an audit as good as the site asks for": (audited("warn", "warn"), None),
+    "a better audit than the site asks for": (audited("pass", "warn"), None),
+    "a worse audit than the site asks for": (audited("inconclusive", "warn"), "AUDIT_BELOW_LIMIT"),
+    "no audit where the site asks for one": (saying(limits={"requireAudit": "pass"}), "AUDIT_BELOW_LIMIT"),
+    "no privacy where the site asks for it": (
+        saying(limits={"requireAudit": "none", "maxEpsilon": 8.0}), "EPSILON_ABOVE_LIMIT"
+    ),
     "another federation": (
         signed(federated(lambda document, _: document.update(federation=OTHER))),
         "FEDERATION_MISMATCH",
@@ -263,6 +299,68 @@ def test_both_come_to_the_same_verdict(made: FederationSim, folder: Path, what: 
     assert agreed == admitted, report
     if admitted:
         assert said in report and "made of 2 experts" in report
+
+
+# --- what roots took back since -------------------------------------------------------------------
+
+HOUR = timedelta(hours=1)
+
+
+def revoked(signer: Callable[[FederationSim], FileSigner], since: timedelta) -> Callable[..., dict[str, Any]]:
+    def listed(sim: FederationSim, _: Path) -> dict[str, Any]:
+        return {"keys": [RevokedKey(keyid=signer(sim).keyid, at=sim.now + since, reason="compromised")]}
+
+    return listed
+
+
+def withdrawn(sim: FederationSim, folder: Path) -> dict[str, Any]:
+    return {"releases": [WithdrawnRelease(dirHash=by_us(folder, sim.root.keyid)[1], at=sim.now)]}
+
+
+LISTS: dict[str, tuple[Callable[[FederationSim, Path], dict[str, Any]], str | None]] = {
+    "the release": (withdrawn, "RELEASE_WITHDRAWN"),
+    "another release": (lambda sim, _: {"releases": [WithdrawnRelease(dirHash="0" * 64, at=sim.now)]}, None),
+    "a site's key, since before": (revoked(lambda sim: sim.sites["site-b"].signer, -HOUR), "KEY_REVOKED"),
+    "a site's key, since after": (revoked(lambda sim: sim.sites["site-b"].signer, HOUR), None),
+    "the coordinator's key, since before": (revoked(lambda sim: sim.coordinator, -HOUR), "KEY_REVOKED"),
+}
+
+
+def a_list(sim: FederationSim, signer: FileSigner, path: Path, entries: dict[str, Any], federation: str) -> Path:
+    given = {"keys": (), "releases": ()} | entries
+    path.write_bytes(next_revocations(no_revocations(federation), root=signer, now=sim.now, **given))
+    return path
+
+
+@pytest.mark.parametrize("what", LISTS)
+def test_both_hold_to_a_list_that_takes_back(
+    made: FederationSim, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    monkeypatch.setenv("FEDCOMPOSE_HOME", str(tmp_path / "home"))
+    entries, code = LISTS[what]
+    path = a_list(made, made.root, tmp_path / "list", entries(made, folder), made.federation.id)
+    trusted_federation(made.envelope, [made.root.keyid], made.now)
+    accept_revocations(path.read_bytes())
+    admitted, said = by_us(folder, made.root.keyid)
+    assert (admitted, None if admitted else said) == (code is None, code)
+    assert by_shell(folder, made.root.keyid, str(path))[0] == admitted
+    assert by_shell(folder, made.root.keyid)[0], "without the list nothing is known of it"
+
+
+def test_the_script_takes_no_list_of_somebody_else_and_none_instead_of_a_root(
+    made: FederationSim, folder: Path, tmp_path: Path
+) -> None:
+    entries = {"releases": [WithdrawnRelease(dirHash="0" * 64, at=made.now)]}
+    good = a_list(made, made.root, tmp_path / "good", entries, made.federation.id)
+    assert by_shell(folder, made.root.keyid, str(good))[0]
+    assert not by_shell(folder, str(good))[0]
+    for signer, federation in ((made.coordinator, made.federation.id), (made.root, OTHER)):
+        bad = a_list(made, signer, tmp_path / "bad", entries, federation)
+        assert not by_shell(folder, made.root.keyid, str(bad))[0]
+    changed = good.read_text().replace('"payload":"', '"payload":"e30g')
+    assert changed != good.read_text()
+    good.write_text(changed)
+    assert not by_shell(folder, made.root.keyid, str(good))[0]
 
 
 def test_both_need_the_roots_that_a_person_named(made: FederationSim, folder: Path) -> None:

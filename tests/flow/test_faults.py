@@ -27,10 +27,10 @@ from fedcompose import ledger
 from fedcompose.adapter import StoredTensor, canonical_safetensors
 from fedcompose.bases import resolve_base
 from fedcompose.call import make_call, read_own_call
-from fedcompose.doctor import processes
 from fedcompose.drafts import create_federation, enrol
 from fedcompose.files import dir_hash, folder_digests, write_atomic, write_json
 from fedcompose.keys import load_signer, new_key
+from fedcompose.leftovers import processes
 from fedcompose.routing import RouterConfig
 from fedcompose.tasks import training
 from fedcompose.trust_state import trusted_federation

@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 
 from fedcompose import release as releases
+from fedcompose.cli import main
+from fedcompose.commands import verify as verifying
 from fedcompose.errors import ConfigError, RefusedError
 from fedcompose.files import write_atomic
 from fedcompose.release import ReceivedRelease, terms_of, verify_for_use, verify_release
@@ -96,6 +98,30 @@ def test_a_release_outlives_its_terms_as_an_archive_and_is_not_loaded(settled: F
     later = datetime.now(UTC) + timedelta(days=5)
     verify_release(ReceivedRelease(path), roots, later)
     assert code_of(lambda: verify_for_use(ReceivedRelease(path), roots, later)) == "USE_EXPIRED"
+
+
+def test_verify_prints_the_terms_and_refuses_them_as_of_now_when_they_are_over(
+    settled: FederationSim, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settled.contribute("site-a", use=terms(settled))
+    settled.contribute("site-b")
+    settled.receive()
+    settled.compose()
+    settled.release()
+
+    def said(*options: str) -> tuple[object, str]:
+        release = str(settled.coordinator_home / "release")
+        with pytest.raises(SystemExit) as ended:
+            main(["verify", release, "--root-fingerprint", settled.root.keyid, *options])
+        printed = capsys.readouterr()
+        return ended.value.code, " ".join((printed.out + printed.err).split())
+
+    status, text = said("--now")
+    assert not status and "research on clocks" in text and CONTACT in text
+    monkeypatch.setattr(verifying, "datetime", Later)
+    assert not said()[0]
+    status, text = said("--now")
+    assert status == 1 and "USE_EXPIRED" in text
 
 
 def test_without_the_check_it_would_be_loaded(settled: FederationSim, monkeypatch: pytest.MonkeyPatch) -> None:

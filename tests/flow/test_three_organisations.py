@@ -15,7 +15,7 @@ from types import ModuleType
 import pytest
 
 from fedcompose.cli import COMMANDS, ROLES, app
-from fedcompose.doctor import leftovers, processes
+from fedcompose.leftovers import leftovers, processes
 from tests.tiny import make_knowing_base
 
 ROOT = Path(__file__).parents[2]

@@ -47,10 +47,6 @@ from fedcompose.provenance import (
     LoraSummary,
     Provenance,
     ReleaseProvenance,
-    build_provenance,
-    build_release_provenance,
-    parse_provenance,
-    parse_release_provenance,
 )
 from fedcompose.release import parse_composition
 from fedcompose.revocations import (
@@ -70,6 +66,7 @@ from fedcompose.signing import (
     sign_files,
     verify_files,
 )
+from fedcompose.statement import build_provenance, build_release_provenance, parse_provenance, parse_release_provenance
 from fedcompose.traces import Trace, decode, encode
 
 NOW = datetime(2026, 11, 20, 9, tzinfo=UTC)

@@ -1,7 +1,7 @@
-"""LiteLLM, a second client, hears from our server what the first one hears. Needs an environment with LiteLLM in it:
+"""LiteLLM, a second client, hears from our server what the first one hears.
 
-python -m venv .venv-litellm && .venv-litellm/bin/pip install litellm
-FEDCOMPOSE_LITELLM_PYTHON=.venv-litellm/bin/python pytest tests/interop/test_litellm.py
+It lives in an environment of its own, named by FEDCOMPOSE_LITELLM_PYTHON:
+`make interop-litellm` makes it and runs this.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ print("HEARD", json.dumps({
 }))
 """
 
-pytestmark = pytest.mark.skipif(PYTHON is None, reason="FEDCOMPOSE_LITELLM_PYTHON is not set")
+pytestmark = pytest.mark.skipif(PYTHON is None, reason="FEDCOMPOSE_LITELLM_PYTHON is not set: `make interop-litellm`")
 
 
 def heard(url: str, folder: Path) -> dict[str, Any]:

@@ -7,7 +7,8 @@ import torch
 from torch import nn
 
 from fedcompose.model.controls import UniformRouter
-from fedcompose.model.experts import PackedExperts, RoutedLinear, Update, load_expert
+from fedcompose.model.experts import PackedExperts, Update, load_expert
+from fedcompose.model.kernels import RoutedLinear
 from fedcompose.model.router import RoutingContext
 from tests.tiny_experts import make_tiny_expert
 

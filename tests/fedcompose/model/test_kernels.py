@@ -12,8 +12,17 @@ from transformers.activations import ACT2FN
 
 from fedcompose.model.controls import NoExpertRouter, UniformRouter
 from fedcompose.model.estimators import Estimator, TopK, hard, hard_selected
-from fedcompose.model.experts import PackedExperts, RoutedLinear, Update
-from fedcompose.model.kernels import Grouped, Loop, SortedMLP, plain, routed_linear, routed_mlp, sorted_mlp
+from fedcompose.model.experts import PackedExperts, Update
+from fedcompose.model.kernels import (
+    Grouped,
+    Loop,
+    RoutedLinear,
+    SortedMLP,
+    plain,
+    routed_linear,
+    routed_mlp,
+    sorted_mlp,
+)
 from fedcompose.model.router import RoutingContext, RoutingDecision
 
 HIDDEN, WIDE, EXPERTS = 16, 24, 4

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from fedcompose.errors import ConfigError, RefusedError
 from fedcompose.model.controls import FixedRouter, NoExpertRouter, SequenceRouter
-from fedcompose.model.experts import Expert, RoutedLinear, RoutedMLP, Update, load_expert
+from fedcompose.model.experts import Expert, Update, load_expert
+from fedcompose.model.kernels import RoutedLinear, RoutedMLP
 from fedcompose.model.learned import make_router
 from fedcompose.model.placement import (
     base_name,

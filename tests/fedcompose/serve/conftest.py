@@ -13,17 +13,24 @@ from tests.tiny_experts import make_tiny_expert
 
 
 @pytest.fixture(scope="session")
-def talking_sim(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> FederationSim:
-    """A federation whose experts are strong enough to make the tiny base babble, each in its own way."""
-    folder = tmp_path_factory.mktemp("talking")
-    experts = {
+def talking_experts(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Experts strong enough to make the tiny base babble, each in its own way, and an attention LoRA."""
+    folder = tmp_path_factory.mktemp("experts")
+    return {
         "site-a": make_tiny_expert(tiny_base, folder / "a", seed=1),
         "site-b": make_tiny_expert(tiny_base, folder / "b", seed=2),
         "attention": make_tiny_expert(tiny_base, folder / "attention", seed=3, target_modules=ATTENTION),
     }
+
+
+@pytest.fixture(scope="session")
+def talking_sim(
+    tiny_base: Path, talking_experts: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
+) -> FederationSim:
+    folder = tmp_path_factory.mktemp("talking")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("FEDCOMPOSE_HOME", str(folder / "home"))
-        sim = make_federation(folder / "federation", tiny_base, experts)
+        sim = make_federation(folder / "federation", tiny_base, talking_experts)
         sim.released()
     return sim
 

@@ -40,9 +40,10 @@ def test_a_step_counts_its_experts_and_a_step_of_the_base_is_none() -> None:
 
 def test_the_queue_is_looked_up_when_somebody_reads() -> None:
     metrics, waiting = Metrics(), [3.0]
-    metrics.load(waiting=lambda: waiting[0], running=lambda: 1)
+    metrics.load(waiting=lambda: waiting[0], running=lambda: 1, cache_free=lambda: waiting[0] / 8)
     waiting[0] = 4
-    assert numbers(metrics)["requests_waiting",] == 4
+    found = numbers(metrics)
+    assert (found["requests_waiting",], found["cache_free_ratio",]) == (4, 0.5)
 
 
 def test_a_stranger_cannot_make_rows() -> None:

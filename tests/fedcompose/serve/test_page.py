@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import httpx
 import pytest
 
 from fedcompose.serve import engine as engine_module
@@ -52,6 +54,28 @@ def test_every_word_has_its_experts_colour_and_the_shares_stand_below(page: Brow
     assert '"0"' in shown and '"1"' in shown
     assert page.js("new Set([...document.querySelectorAll('.token')].map(each => each.style.borderBottom)).size") == 2
     assert "site-a" in page.js("document.querySelector('.shares').textContent")
+
+
+def test_whoever_does_not_know_what_to_ask_is_shown_what_it_was_measured_on(
+    page: Browser, url: str, engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    domains = [
+        {"site": "site-b", "generator": "clock", "config": {}},
+        {"site": "site-a", "generator": "chain_sum", "config": {"terms": 2}},
+        {"site": "site-a", "generator": "chain_sum", "config": {"of another version": 1}},
+        {"site": "site-a", "generator": "nobody knows this one", "config": {}},
+    ]
+    monkeypatch.setattr(engine, "release", dataclasses.replace(engine.release, evaluation={"domains": domains}))
+    examples = httpx.get(f"{url}/release").json()["examples"]
+    assert len(examples) == 2 and "+" in examples[0]
+    page.open(url)
+    page.wait("document.querySelectorAll('.try button').length == 2")
+    page.js("document.querySelector('.try button').click()")
+    assert page.js("document.querySelector('.try')") is None
+    page.wait("document.querySelectorAll('.token').length && document.getElementById('stop').disabled")
+    assert page.js("document.querySelector('.question').textContent") == examples[0]
+    page.js("afresh.click()")
+    assert page.js("document.querySelectorAll('.try button').length") == 2
 
 
 def test_arrow_keys_walk_from_token_to_token_and_show_its_layers(page: Browser) -> None:

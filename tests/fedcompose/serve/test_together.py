@@ -117,6 +117,13 @@ def test_one_at_a_time_says_the_same(release: VerifiedRelease, talking_sim: Fede
         slow.close()
 
 
+@pytest.mark.parametrize(
+    ("choices", "most"), [([[0, 0, 0], [2, 0, 2]], 2), ([[1], [0]], 1), ([[-1, -1], [-1, -1]], 1), ([[5, -1, 0]], 3)]
+)
+def test_the_experts_of_a_step_are_those_of_its_busiest_point(choices: list[list[int]], most: int) -> None:
+    assert batching._distinct(torch.tensor(choices)) == most
+
+
 def test_the_cache_is_empty_when_all_is_said(engine: Engine) -> None:
     answers = [ask(engine, *REQUESTS[number % len(REQUESTS)]) for number in range(30)]
     jobs = [engine.prepare([{"role": "user", "content": LONG}], Settings(max_tokens=300)) for _ in range(10)]
@@ -129,9 +136,7 @@ def test_the_cache_is_empty_when_all_is_said(engine: Engine) -> None:
     said(ask(engine, "one more step, in which pages are freed", Settings(max_tokens=3)))
     said(ask(engine, "and another", Settings(max_tokens=1)))
     assert engine.waiting == 0
-    cache = engine._worker._processor.cache
-    cache.pool.try_to_free_sectors()
-    assert cache.compute_free_capacity() > 0.99
+    assert engine.cache_free > 0.99
 
 
 def test_who_is_cancelled_before_the_manager_knows_of_him_is_cancelled_when_it_does(

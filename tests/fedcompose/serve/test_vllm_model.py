@@ -17,7 +17,16 @@ from fedcompose.errors import ConfigError
 from fedcompose.model.composed import load_release
 from fedcompose.model.for_vllm import EXPERTS_FILE, export_vllm
 from fedcompose.release import VerifiedRelease
-from tests.federation_sim import FederationSim
+from fedcompose.routing import RouterConfig
+from tests.federation_sim import FederationSim, make_federation
+
+
+@pytest.fixture(params=[RouterConfig(), RouterConfig(sharing="layer", bias=True)], ids=["shared", "guided"])
+def release(
+    request: pytest.FixtureRequest, tiny_base: Path, talking_experts: dict[str, Path], tmp_path: Path
+) -> VerifiedRelease:
+    """The same experts under either kind of router that the model class knows."""
+    return make_federation(tmp_path / "federation", tiny_base, talking_experts).released(request.param)
 
 
 @pytest.fixture
@@ -33,7 +42,7 @@ def test_the_folder_holds_base_experts_and_router(folder: Path, release: Verifie
     assert config["architectures"] == ["FedcomposeLlamaForCausalLM"]
     assert config["fedcompose"] == {"ranks": [4, 4]}
     assert {name.split(".")[1] for name in tensors} == {"0", "1"}
-    assert len(tensors) == 2 * 7
+    assert len(tensors) == 2 * 8
     assert json.loads((folder / "origin.json").read_text())["release"] == release.dir_hash
 
 
@@ -46,7 +55,7 @@ def test_its_tensors_compute_what_our_mlp_computes(
     owners = torch.arange(2).repeat_interleave(4)
     for layer in range(2):
         own = {name.removeprefix(f"fedcompose.{layer}."): tensor for name, tensor in tensors.items()}
-        choice = (x @ own["router"].T).argmax(-1)
+        choice = torch.nn.functional.linear(x, own["router"], own["router_bias"]).argmax(-1)
         chosen = (choice[:, None] == owners).float()
         assert set(choice.tolist()) == {0, 1}, "one expert alone would not test it"
 
