@@ -34,8 +34,8 @@ Step = Literal["call", "collect"]
 Ask = Literal["describe", "call", "status", "offer", "fetch"]
 Sign = Callable[[Job, Sequence[wire.Part], Head], bytes | None]  # the receipt for all these files of an offer
 
-FETCHED_AT_A_TIME = 4  # sites
-WINDOWS_IN_ALL = 8  # on the way from all of them, for the SuperLink holds each of them in memory
+FETCHED_AT_A_TIME = 2  # sites
+WINDOWS_IN_ALL = 4  # on the way from all of them, for the SuperLink holds each of them in memory
 ASKED_AT_A_TIME = 64  # sites
 REPLY_TIMEOUT_S = 600.0
 NODE_TIMEOUT_S = 60.0  # for sites that are still connecting
