@@ -130,7 +130,7 @@ def detect_secrets() -> Scanner:
         from detect_secrets.core.plugins.util import get_mapping_from_secret_type_to_class
     except ImportError as error:
         raise _missing("detect-secrets") from error
-    classes = get_mapping_from_secret_type_to_class().values()
+    classes: Iterable[Any] = get_mapping_from_secret_type_to_class().values()
     plugins = [each() for each in classes if not any(guess in each.__name__ for guess in _GUESSING_PLUGINS)]
 
     def scan(text: str) -> dict[str, bool]:
