@@ -25,7 +25,7 @@ from fedcompose.errors import ConfigError, FedcomposeError, MissingError, Refuse
 from fedcompose.ledger import Head
 from fedcompose.wire import Action, Context, Grid, Message, RecordDict, ServerApp, Status
 from fedcompose_coordinator.jobs import ENDED, OURS, Job, call_paths, jobs_of
-from fedcompose_coordinator.partial import WINDOWS_AHEAD, Partial, Window, holds
+from fedcompose_coordinator.partial import Partial, Window, holds
 from fedcompose_coordinator.receipts import owed, receipt_for, taken
 
 log = logging.getLogger(__name__)
@@ -34,14 +34,12 @@ Step = Literal["call", "collect"]
 Ask = Literal["describe", "call", "status", "offer", "fetch"]
 Sign = Callable[[Job, Sequence[wire.Part], Head], bytes | None]  # the receipt for all these files of an offer
 
-FETCHED_AT_A_TIME = 2  # sites
-WINDOWS_IN_ALL = 4  # on the way from all of them, for the SuperLink holds each of them in memory
+FETCHED_AT_A_TIME = 4  # sites; each may have two windows of its contribution on the way
 ASKED_AT_A_TIME = 64  # sites
 REPLY_TIMEOUT_S = 600.0
 NODE_TIMEOUT_S = 60.0  # for sites that are still connecting
 NODE_EVERY_S = 2.0
 HEAR_EVERY_S = 0.2
-IN_ORDER_S = 10.0  # a window that has not come for so long may have got lost: those after it are looked for as well
 STATUS_EVERY_S = 10.0
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 2.0, 600.0  # before a site is asked again after a failure
 JOBS_EVERY_S = 5.0  # looking for new calls
@@ -104,11 +102,11 @@ class Exchange:
 
     # Asking
 
-    def questions(self, ahead: int = WINDOWS_AHEAD) -> list[Question]:
-        """What to send now: nothing while an answer is awaited, except so many windows ahead."""
+    def questions(self) -> list[Question]:
+        """What to send now: nothing while an answer is awaited, except windows ahead."""
         if self.next == "fetch" and self.partial is not None:
             offer = wire.offer_digest(self.partial.parts)
-            return [self._window(self.partial, offer, window) for window in self.partial.next_windows(ahead)]
+            return [self._window(self.partial, offer, window) for window in self.partial.next_windows()]
         if self.on_the_way:
             return []
         if self.receipt is not None:
@@ -273,17 +271,16 @@ class Talk:
     nodes: dict[str, int] = field(default_factory=dict)
     looked: float = -NODE_EVERY_S
 
-    def once(self, exchanges: Iterable[Exchange]) -> bool:
-        """Hear what has come, and ask whoever is due; whether anything had come."""
+    def once(self, exchanges: Iterable[Exchange]) -> None:
+        """Hear what has come, and ask whoever is due."""
         self._look()
-        has_heard = self._hear()
+        self._hear()
         now = time.monotonic()
         for exchange in exchanges:
             node = self.nodes.get(exchange.job.site.id)
             if node is not None and not exchange.is_over and exchange.due <= now and self._has_room(exchange):
-                for question in exchange.questions(self._windows_for(exchange)):
+                for question in exchange.questions():
                     self._send(node, exchange, question)
-        return has_heard
 
     def _look(self) -> None:
         if time.monotonic() - self.looked >= NODE_EVERY_S:
@@ -297,11 +294,6 @@ class Talk:
         fetching = sum(each.next == "fetch" for each in busy.values())
         return len(busy) < ASKED_AT_A_TIME and (exchange.next != "fetch" or fetching < FETCHED_AT_A_TIME)
 
-    def _windows_for(self, exchange: Exchange) -> int:
-        """How many windows this site may have on their way: a fair share of all."""
-        fetching = {sent.exchange for sent in self.sent.values() if sent.question.window is not None} | {exchange}
-        return min(WINDOWS_AHEAD, WINDOWS_IN_ALL // len(fetching))
-
     def _send(self, node: int, exchange: Exchange, question: Question) -> None:
         message = Message(question.content, node, wire.message_type(question.action), ttl=REPLY_TIMEOUT_S)
         (id_,) = self.grid.push_messages([message])
@@ -311,28 +303,15 @@ class Talk:
         exchange.on_the_way += 1
         self.sent[id_] = Sent(exchange, question, time.monotonic())
 
-    def _hear(self) -> bool:
-        """Take in the replies that have come, windows one by one, so that one is in memory; whether there were any."""
-        heard = self._pull([id_ for id_, sent in self.sent.items() if sent.question.window is None])
-        awaited = set[Exchange]()  # a site answers in the order of the questions: what was asked later is not there yet
-        for id_, sent in [(id_, sent) for id_, sent in self.sent.items() if sent.question.window is not None]:
-            if sent.exchange in awaited:
-                continue
-            came = self._pull([id_])
-            heard += came
-            if not came and time.monotonic() - sent.at < IN_ORDER_S:
-                awaited.add(sent.exchange)
+    def _hear(self) -> None:
+        """Take in every reply that has come; those that carry windows one by one, so that one is in memory."""
+        small = [id_ for id_, sent in self.sent.items() if sent.question.window is None]
+        for ids in [small, *([id_] for id_, sent in self.sent.items() if sent.question.window is not None)]:
+            for reply in self.grid.pull_messages(ids) if ids else ():
+                self._take(self.sent.pop(reply.metadata.reply_to_message_id), reply)
         for id_, sent in list(self.sent.items()):
             if time.monotonic() - sent.at > REPLY_TIMEOUT_S:
                 self._take(self.sent.pop(id_), None)
-        return heard > 0
-
-    def _pull(self, ids: Sequence[str]) -> int:
-        """Take in those of these replies that have come, and say how many."""
-        replies = list(self.grid.pull_messages(ids)) if ids else []
-        for reply in replies:
-            self._take(self.sent.pop(reply.metadata.reply_to_message_id), reply)
-        return len(replies)
 
     def _take(self, sent: Sent, reply: Message | None) -> None:
         """Hand a reply to its exchange, or the error that stands for a missing one."""
@@ -374,15 +353,14 @@ def make_server_app(
         talk, give_up = Talk(grid), time.monotonic() + node_timeout_s
         told: set[str] = set()
         while len(told) < len(exchanges):
-            has_heard = talk.once(exchanges)
+            talk.once(exchanges)
             for exchange in exchanges:
                 outcome = exchange.outcome if exchange.is_over else _absence(exchange, talk, give_up)
                 if outcome is not None and outcome.site not in told:
                     told.add(outcome.site)
                     if report is not None:
                         report(outcome)
-            if not has_heard:
-                time.sleep(hear_every_s)
+            time.sleep(hear_every_s)
 
     return server
 
@@ -425,11 +403,10 @@ def make_driver_app(
         while not is_ended():
             exchanges = [each for each in exchanges if each.job.state not in ENDED or each.receipt]
             exchanges += [Exchange(job, None, window_bytes, sign=receipt_for) for job in calls.new_jobs()]
-            has_heard = talk.once(exchanges)
+            talk.once(exchanges)
             for exchange in exchanges:
                 _follow_up(exchange, judge)
-            if not has_heard:
-                time.sleep(hear_every_s)
+            time.sleep(hear_every_s)
 
     return server
 

@@ -14,10 +14,10 @@ import pytest
 from flwr.supercore.inflatable.inflatable_utils import ObjectUnavailableError
 
 from fedcompose import ledger, wire
-from fedcompose.wire import Context, Error, ErrorCode, Message, NodeInfo, TaskIdentity
+from fedcompose.wire import Context, Message
 from fedcompose_client.flower import make_app
 from fedcompose_coordinator import driver, flower, partial
-from fedcompose_coordinator.flower import Exchange, Talk, make_driver_app
+from fedcompose_coordinator.flower import make_driver_app
 from fedcompose_coordinator.jobs import Job, call_paths, jobs_of
 from fedcompose_coordinator.local_grid import run_locally
 from fedcompose_coordinator.partial import Partial
@@ -309,65 +309,6 @@ def test_windows_grow_while_they_arrive_up_to_the_limit(tmp_path: Path) -> None:
         fetch.store(fetch.next_windows()[0], [])
         fetch.asked.clear()
     assert fetch.window_bytes == wire.WINDOW_BYTES
-
-
-class SilentGrid:
-    """A node to which everything is sent, and from which nothing comes but errors for what `lost` names."""
-
-    def __init__(self, site: str) -> None:
-        self.nodes = [NodeInfo(node_id=1, name=site)]
-        self.sent: list[Message] = []
-        self.looked_for: list[str] = []
-        self.lost: set[str] = set()
-
-    def get_nodes(self) -> list[NodeInfo]:
-        return self.nodes
-
-    def push_messages(self, messages: list[Message]) -> list[str]:
-        self.sent += messages
-        messages[0].metadata.__dict__["_message_id"] = str(len(self.sent))
-        return [str(len(self.sent))]
-
-    def pull_messages(self, ids: list[str]) -> list[Message]:
-        self.looked_for += ids
-        error = Error(ErrorCode.NODE_UNAVAILABLE, "")
-        return [Message(error, reply_to=self.sent[int(id_) - 1]) for id_ in ids if id_ in self.lost]
-
-
-def test_windows_are_looked_for_in_their_order(sim: FlowerSim, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A node answers one question after the other; only where one may have got lost are those behind it looked for."""
-    TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = 1, 1, 1  # as a driver that runs has them
-    sim.call()
-    (job, _), grid = jobs_of(sim.home, call_paths(sim.home)[-1]), SilentGrid("site-a")
-    exchange, talk = Exchange(job, next="fetch"), Talk(grid)  # type: ignore[arg-type]
-    exchange.partial = Partial(job.partial, [wire.Part("adapter/model.sig", 1000, "0" * 64)], 100)
-    assert not talk.once([exchange])
-    assert len(grid.sent) == partial.WINDOWS_AHEAD == 4
-    assert not talk.once([exchange])
-    assert grid.looked_for == ["1"]
-    monkeypatch.setattr(flower, "IN_ORDER_S", 0.0)
-    assert not talk.once([exchange])
-    assert grid.looked_for == ["1", *"1234"]
-    monkeypatch.setattr(flower, "IN_ORDER_S", 60.0)
-    grid.lost.add("1")
-    assert talk.once([exchange])
-    assert grid.looked_for == ["1", *"1234", "1", "2"]
-
-
-def test_two_sites_at_a_time_share_the_windows_on_their_way(sim: FlowerSim) -> None:
-    TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = 1, 1, 1  # as a driver that runs has them
-    sim.call()
-    job, grid = jobs_of(sim.home, call_paths(sim.home)[-1])[0], SilentGrid("site-a")
-    talk, exchanges = Talk(grid), [Exchange(job, next="fetch") for _ in range(4)]  # type: ignore[arg-type]
-    for n, exchange in enumerate(exchanges):
-        exchange.partial = Partial(job.partial / str(n), [wire.Part("adapter/model.sig", 1000, "0" * 64)], 100)
-    talk.once(exchanges)
-    on_their_way = [exchange.on_the_way for exchange in exchanges]
-    assert on_their_way == [4, 2, 0, 0]  # the first comes down to two as its own arrive
-    assert exchanges[0].partial is not None
-    exchanges[0].partial.asked -= set(list(exchanges[0].partial.asked)[:2])
-    talk.once(exchanges)
-    assert [exchange.on_the_way for exchange in exchanges] == on_their_way
 
 
 def test_a_line_cut_short_by_a_crash_is_a_window_that_did_not_come(tmp_path: Path) -> None:
