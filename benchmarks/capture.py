@@ -5,7 +5,7 @@
 In each pair the engine answers the same questions twice, once with capture and once without, in alternating order, and
 counts its own processor time. `ratio` is the median over the pairs with its 95 % interval (of order statistics, so it
 assumes nothing about the noise). `blank` is the same for pairs of which both are without capture: what the clock
-makes of equal work. Prints one JSON document.
+makes of equal work. The server has no switch for it, so it is taken out of the engine here. Prints one JSON document.
 """
 
 from __future__ import annotations

@@ -10,6 +10,7 @@ from typing import Any
 from fedcompose.files import read_json, sha256_file
 from fedcompose.provenance import AuditNumbers, AuditStatement, DpStatement, SiteLimits, check_limits
 from fedcompose_client.config import Privacy
+from fedcompose_client.own_rows import SETTINGS_FILE
 
 
 def privacy_claims(run: Path, privacy: Privacy) -> dict[str, Any]:
@@ -41,7 +42,7 @@ def audit_statement(run: Path, numbers: bool) -> AuditStatement | None:
 
 def run_digest(run: Path) -> str:
     """What the adapter of a run was made from; an audit is of that and of nothing else."""
-    return sha256_file(run / "settings.json")
+    return sha256_file(run / SETTINGS_FILE)
 
 
 def _numbers(result: Mapping[str, Any]) -> AuditNumbers:

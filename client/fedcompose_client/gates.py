@@ -27,7 +27,7 @@ from fedcompose.model.placement import compose_model, decision_points
 from fedcompose.tasks import get_task
 from fedcompose_client.config import Domain, SiteConfig
 from fedcompose_client.contribute import gates_name
-from fedcompose_client.data import read_examples, split
+from fedcompose_client.own_rows import own_rows
 
 STEPS, BATCH, LR = 100, 4, 1e-3  # as the coordinator learns gates from traces, `phatgoose`
 
@@ -70,9 +70,8 @@ def _check_expert(run: Path, domain: str) -> None:
 
 def _lessons(site: Path, domain: Domain, tokenizer: Any) -> list[tuple[list[int], list[int]]]:
     """Prompt and completion of every row that the expert was trained on, as token ids."""
-    examples = read_examples(site / domain.file, domain.task, domain.columns.named())
-    settings, task = domain.training, get_task(domain.task)
-    rows = split(examples, settings.seed, settings.validation_count, settings.test_count).train
+    task = get_task(domain.task)
+    rows = own_rows(site, domain, None).splits.train  # experts with privacy were refused
     return [
         (prompt_ids(tokenizer, task.prompt(row.question)), completion_ids(tokenizer, task.target(row))) for row in rows
     ]
