@@ -24,10 +24,11 @@ from typing import Any
 import torch
 
 from fedcompose.bases import resolve_base
-from fedcompose.release import ReceivedRelease, verify_for_use
+from fedcompose.release import ReceivedRelease
 from fedcompose.serve.batching import Worker
 from fedcompose.serve.bench import measure_engine, questions
 from fedcompose.serve.engine import Engine
+from fedcompose.standing import verify_for_use
 
 
 @contextmanager

@@ -17,9 +17,10 @@ from pathlib import Path
 from typing import Any
 
 from fedcompose.adapter import CONFIG_FILE, WEIGHTS_FILE
+from fedcompose.composition import ATTENTION_FOLDER
 from fedcompose.errors import ConfigError
 from fedcompose.files import new_folder, write_json
-from fedcompose.release import ATTENTION_FOLDER, VerifiedRelease
+from fedcompose.release import VerifiedRelease
 from fedcompose.tasks import generator_names, generator_task, get_task, held_out, training
 
 ORIGIN_FILE = "origin.json"

@@ -16,11 +16,12 @@ from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from fedcompose.composition import ROUTER_FILE
 from fedcompose.errors import RefusedError
 from fedcompose.federation import Digest, FederationId, Time, Title
 from fedcompose.files import dump_json, parse_json, sha256_hex, write_atomic
 from fedcompose.keys import Identifier, load_signer
-from fedcompose.release import ROUTER_FILE, VerifiedRelease
+from fedcompose.release import VerifiedRelease
 from fedcompose.signing import Signer, keyid_of, sign_envelope, verify_envelope
 
 RECEIPT_TYPE = "application/vnd.fedcompose.receipt.v1+json"

@@ -14,8 +14,8 @@ Everything is checked offline, from the folder and a few root fingerprints, in t
 
 Trust that was granted is judged as of the time the release was made: an archive stays verifiable after keys and
 federation files expire. Trust that was withdrawn since counts as far as this machine knows: a revocation names a time,
-and what was signed at that time or later is refused. `judge_today` asks more: whether coordinator, sites and base still
-belong. Who is about to load a release asks `verify_for_use`. No tensor library is loaded.
+and what was signed at that time or later is refused. Whether it may still be used today is for `standing.py` to say. No
+tensor library is loaded.
 """
 
 from __future__ import annotations
@@ -25,12 +25,20 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from fedcompose.adapter import CONFIG_FILE, MAX_WEIGHTS_BYTES, WEIGHTS_FILE, parse_safetensors
+from fedcompose.composition import (
+    ATTENTION_FOLDER,
+    COMPOSITION_FILE,
+    MAX_ROUTER_BYTES,
+    ROUTER_FILE,
+    ComposedExpert,
+    Composition,
+    parse_composition,
+)
 from fedcompose.contribution import (
     CLOCK_SKEW,
     OPTIONAL,
@@ -38,7 +46,6 @@ from fedcompose.contribution import (
     ReceivedContribution,
     VerifiedContribution,
     check_base,
-    check_claims,
     check_federation,
     check_listed,
     check_signed_adapter,
@@ -46,82 +53,33 @@ from fedcompose.contribution import (
     read_unchanged,
     verify_contribution,
 )
-from fedcompose.errors import ConfigError, RefusedError
+from fedcompose.errors import RefusedError
 from fedcompose.federation import (
     Coordinator,
-    Digest,
     Federation,
     Site,
-    Title,
     format_time,
     open_federation,
     verify_federation,
 )
 from fedcompose.files import MAX_JSON_BYTES, dir_hash, parse_json
 from fedcompose.folder import check_names, list_files, read_file
-from fedcompose.keys import Identifier
 from fedcompose.provenance import (
     PROVENANCE_FILE,
     Ingredient,
-    Label,
     ReleaseProvenance,
     check_use,
 )
 from fedcompose.revocations import RevokedKey, with_revocations
-from fedcompose.routing import RouterConfig
 from fedcompose.signing import SIGNATURE_FILE, SignedFiles, read_hint, verify_files
 from fedcompose.statement import parse_release_provenance
 from fedcompose.trust_state import accepted_federation, accepted_revocations, remembered_federation
 
-COMPOSITION_FILE = "composition.json"
-ROUTER_FILE = "router.safetensors"
-ATTENTION_FOLDER = "attention"
 EVALUATION_FILE = "evaluation.json"
 FEDERATION_FILE = "federation.json"
 INGREDIENTS_FOLDER = "ingredients"
 
-MAX_ROUTER_BYTES = 64 << 20  # 1,000 experts on a hidden size of 16,384 in float32
-
 _INGREDIENT = re.compile(rf"{INGREDIENTS_FOLDER}/(?P<site>[a-z0-9][a-z0-9_-]{{0,62}})/(?P<file>[^/]+)")
-
-
-class _Part(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
-
-
-class ComposedExpert(_Part):
-    """One row of the router."""
-
-    site: Identifier
-    domain: Identifier
-    dir_hash: Digest = Field(alias="dirHash")
-
-
-class _ComposedBase(_Part):
-    name: Title
-    dir_hash: Digest = Field(alias="dirHash")
-
-
-class _Attention(_Part):
-    r: Annotated[int, Field(ge=1)]
-    alpha: Annotated[float, Field(gt=0, allow_inf_nan=False)]
-
-
-class Composition(_Part):
-    """`composition.json`: how the parts of a release belong together. `training` is for people to read.
-
-    `masked`: sites whose experts the router and the attention LoRA were trained beside, and that were then taken out.
-    """
-
-    schema_: Literal["fedcompose/composition/v1"] = Field(alias="schema")
-    method: Label
-    base: _ComposedBase
-    router: RouterConfig
-    experts: Annotated[tuple[ComposedExpert, ...], Field(strict=False, min_length=1, max_length=512)]
-    targets: Annotated[tuple[Label, ...], Field(strict=False, min_length=1, max_length=64)]
-    attention: _Attention | None
-    masked: Annotated[tuple[Identifier, ...], Field(strict=False, max_length=512)] = ()
-    training: dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -175,7 +133,7 @@ def verify_release(
     names = list_files(folder)  # 1
     sites = _check_folder(names)
     granted, provenance = _trusted(folder, root_fingerprints, now)  # 2
-    federation = _with_known_revocations(granted)
+    federation = with_known_revocations(granted)
     signed = _verify_signature(folder, names, federation, provenance)  # 3
     files = _read_signed(folder, signed)
     if parse_release_provenance(files[PROVENANCE_FILE]) != provenance:  # 4
@@ -204,129 +162,6 @@ def verify_release(
         dir_hash=digest,
         digests=signed.digests,
     )
-
-
-def verify_for_use(
-    received: ReceivedRelease,
-    root_fingerprints: Collection[str] | None = None,
-    now: datetime | None = None,
-    without: Collection[str] = (),
-) -> VerifiedRelease:
-    """Check a release that is about to be loaded: in full, and by the newest federation file that is known here.
-
-    That file may have expired: it is then the best that is known, and a model in use does not stop by the calendar.
-    For `without` see `verify_release`.
-
-    Raises: RefusedError: as `verify_release`, `judge_today` and `check_terms`.
-    """
-    now = now or datetime.now(UTC)
-    release = verify_release(received, root_fingerprints, now, without)
-    judge_today(release, newest_known(release), without)
-    check_terms(release, now, without)
-    return release
-
-
-def withdrawn_experts(release: VerifiedRelease, now: datetime) -> dict[str, RefusedError]:
-    """The sites of a release whose experts this machine would not use any more, each with the reason."""
-    known = (_with_known_revocations(release.federation), newest_known(release))
-    withdrawn = {}
-    for expert in release.experts:
-        try:
-            for federation in known:
-                _check_site(expert, federation)
-            check_use(expert.provenance.use, None, now)
-        except RefusedError as refusal:
-            withdrawn[expert.site] = refusal
-    return withdrawn
-
-
-def newest_known(release: VerifiedRelease) -> Federation:
-    """The federation file that this machine accepted last or, if that is older or there is none, the release's own."""
-    accepted = accepted_federation(release.federation.id)
-    return accepted if accepted and accepted.version >= release.federation.version else release.federation
-
-
-def judge_today(release: VerifiedRelease, today: Federation, without: Collection[str] = ()) -> None:
-    """Whether the release would still be believed by `today`, the same or a later version of its federation's file.
-
-    Coordinator, sites and base must still belong. Their keys must have counted when they were used, not now: a key that
-    expired or was rotated since leaves what it signed good. The time of a release is its coordinator's word alone, so a
-    coordinator's compromised key makes all its releases worthless; a site's key was seen by the coordinator in time.
-    Of the sites in `without` nothing is asked.
-
-    Raises: RefusedError: `KEY_UNKNOWN`, `KEY_EXPIRED`, `KEY_REVOKED`, `COORDINATOR_MISMATCH`, `SITE_SUSPENDED`, and as
-        `contribution.check_claims`.
-    """
-    claims = release.provenance
-    check_federation(claims.federation, claims.federation_version, today)
-    coordinator, key = today.coordinator_key(release.keyid, claims.finished)
-    _check_coordinator(coordinator.id, claims)
-    if key.revoked is not None and key.revoked.reason == "compromised":
-        raise RefusedError(
-            "KEY_REVOKED",
-            "the release is signed with a key that is reported compromised, and only its signer says when",
-            expected=f"a key of coordinator {coordinator.id} that nobody else may hold",
-            got=f"key {release.keyid}, compromised since {format_time(key.revoked.at)}",
-            fix="ask the coordinator to release again, with its new key",
-        )
-    check_base(claims.base, today)
-    for expert in release.experts:
-        if expert.site not in without:
-            _check_site(expert, today)
-
-
-def _check_site(expert: VerifiedContribution, today: Federation) -> None:
-    site, _ = today.site_key(expert.keyid, expert.received_on)
-    check_claims(expert.provenance, expert.kind, site, today, expert.received_on)
-
-
-def check_terms(release: VerifiedRelease, now: datetime, without: Collection[str] = ()) -> None:
-    """Every site, but those in `without`, still lets its expert be used.
-
-    Raises: RefusedError: `USE_EXPIRED`.
-    """
-    for expert in release.experts:
-        if expert.site not in without:
-            check_use(expert.provenance.use, None, now)
-
-
-def terms_of(release: VerifiedRelease) -> list[str]:
-    """On which terms sites let their experts be used, a sentence for each that states some."""
-    experts = [expert for expert in release.experts if expert.provenance.use]
-    return [f"site {expert.site}: {expert.provenance.use}" for expert in experts]
-
-
-def cautions(release: VerifiedRelease, now: datetime) -> list[str]:
-    """What somebody who is about to rely on the release should know, in sentences, although nothing was refused."""
-    keyids = dict.fromkeys([release.keyid, *(expert.keyid for expert in release.experts)])
-    sentences = [doubt for keyid in keyids if (doubt := release.federation.doubts(keyid))]
-    today = newest_known(release)
-    known = f"version {today.version} of the federation file, the newest known here,"
-    try:
-        judge_today(release, today)
-    except RefusedError as refusal:
-        sentences.append(f"{known} would not admit it any more: {refusal.what} ({refusal.code})")
-    if now >= today.expires:
-        sentences.append(f"{known} expired on {format_time(today.expires)}: what was withdrawn since is not known here")
-    return sentences
-
-
-def parse_composition(data: bytes) -> Composition:
-    """The checked content of `composition.json`.
-
-    Raises: RefusedError: `COMPOSITION_INVALID`, `JSON_INVALID`.
-    """
-    document = parse_json(data, COMPOSITION_FILE)
-    try:
-        return Composition.model_validate(document)
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part)[:32] for part in first["loc"])
-        raise RefusedError(
-            "COMPOSITION_INVALID", f"{COMPOSITION_FILE} is not acceptable", got=f"{where!a}: {first['type']}"
-        ) from None
-    except ConfigError as error:
-        raise RefusedError("COMPOSITION_INVALID", f"{COMPOSITION_FILE}: {error.what}", got=error.got) from None
 
 
 def required_files(sites: Collection[str], attention: bool) -> dict[str, int]:
@@ -381,7 +216,7 @@ def _trusted(folder: Path, fingerprints: Collection[str] | None, now: datetime) 
     return federation, provenance
 
 
-def _with_known_revocations(federation: Federation) -> Federation:
+def with_known_revocations(federation: Federation) -> Federation:
     """The federation, with the keys revoked that a later version or a revocation list accepted here revokes."""
     listed = accepted_revocations(federation.id)
     today = accepted_federation(federation.id)
@@ -396,12 +231,12 @@ def _verify_signature(
     bundle = read_file(folder, SIGNATURE_FILE, MAX_JSON_BYTES)
     coordinator, key = federation.coordinator_key(read_hint(bundle), claims.finished)
     signed = verify_files(bundle, key.public_key.encode())
-    _check_coordinator(coordinator.id, claims)
+    check_coordinator(coordinator.id, claims)
     check_listed(signed, names)
     return signed
 
 
-def _check_coordinator(signer: str, claims: ReleaseProvenance) -> None:
+def check_coordinator(signer: str, claims: ReleaseProvenance) -> None:
     if signer != claims.coordinator:
         raise RefusedError(
             "COORDINATOR_MISMATCH",

@@ -19,10 +19,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from fedcompose.bases import Base, base_shapes
+from fedcompose.composition import ATTENTION_FOLDER, COMPOSITION_FILE, ROUTER_FILE
 from fedcompose.contribution import VerifiedContribution
 from fedcompose.errors import ConfigError
 from fedcompose.files import read_json
-from fedcompose.model.composed import ATTENTION_FOLDER, ROUTER_FILE, merge_attention
+from fedcompose.model.composed import merge_attention
 from fedcompose.model.controls import FixedRouter, NoExpertRouter, RandomRouter, UniformRouter
 from fedcompose.model.experts import Expert, load_expert
 from fedcompose.model.learned import PromptRouter, load_router
@@ -30,7 +31,6 @@ from fedcompose.model.lm import load_base, prompt_ids
 from fedcompose.model.placement import compose_model, linear_of
 from fedcompose.model.router import RoutingDecision, RoutingRecord
 from fedcompose.model.sampling import sample
-from fedcompose.release import COMPOSITION_FILE
 from fedcompose.routing import Decides, RouterConfig
 from fedcompose_coordinator.grid import Method
 from fedcompose_coordinator.membership import CHANGED_FOLDER

@@ -18,9 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fedcompose.composition import COMPOSITION_FILE
 from fedcompose.files import read_json
 from fedcompose.model.lm import completion_ids, pad_right, prompt_ids
-from fedcompose.release import COMPOSITION_FILE
 from fedcompose_coordinator.bench import ModelBench, router_config
 from fedcompose_coordinator.grid import Method
 from fedcompose_coordinator.membership import mask

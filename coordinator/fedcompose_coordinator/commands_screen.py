@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.table import Table
 
+from fedcompose.composition import COMPOSITION_FILE
 from fedcompose.console import AsJson, next_steps, out, print_json, print_whole, progress_bars
 from fedcompose.contribution import VerifiedContribution
 from fedcompose.files import read_json, write_json
-from fedcompose.release import COMPOSITION_FILE, EVALUATION_FILE
+from fedcompose.release import EVALUATION_FILE
 from fedcompose_coordinator.commands_evaluate import Opened, open_evaluation
 from fedcompose_coordinator.decisions import deciding
 from fedcompose_coordinator.home import CANDIDATE

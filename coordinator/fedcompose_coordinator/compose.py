@@ -21,10 +21,11 @@ from accelerate import Accelerator
 
 from fedcompose.adapter import write_adapter
 from fedcompose.bases import Base, base_shapes
+from fedcompose.composition import ATTENTION_FOLDER, ROUTER_FILE
 from fedcompose.contribution import VerifiedContribution
 from fedcompose.errors import ConfigError, RefusedError
 from fedcompose.files import dir_hash, dump_json, new_folder, sha256_hex, write_atomic, write_json
-from fedcompose.model.composed import ATTENTION_FOLDER, ROUTER_FILE, save_attention
+from fedcompose.model.composed import save_attention
 from fedcompose.model.experts import Expert, read_expert
 from fedcompose.model.learned import save_router
 from fedcompose.model.placement import routed_modules

@@ -16,10 +16,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fedcompose.composition import ATTENTION_FOLDER, COMPOSITION_FILE
 from fedcompose.errors import ConfigError
 from fedcompose.files import dir_hash, dump_json, folder_digests, read_json, sha256_hex
 from fedcompose.intervals import Ingredients, Interval, accuracy, mean_interval, paired_difference, retention
-from fedcompose.release import ATTENTION_FOLDER, COMPOSITION_FILE
 from fedcompose_coordinator.grid import Cell, Method, finished, read_cell
 from fedcompose_coordinator.questions import Domain
 

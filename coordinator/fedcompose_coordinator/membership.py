@@ -22,12 +22,13 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from fedcompose.adapter import StoredTensor, canonical_safetensors, parse_safetensors
+from fedcompose.composition import COMPOSITION_FILE, MAX_ROUTER_BYTES, ROUTER_FILE
 from fedcompose.contribution import VerifiedContribution
 from fedcompose.errors import ConfigError, RefusedError
 from fedcompose.federation import Time
 from fedcompose.files import new_folder, read_json, read_limited, write_atomic, write_json
 from fedcompose.keys import Identifier
-from fedcompose.release import COMPOSITION_FILE, EVALUATION_FILE, MAX_ROUTER_BYTES, ROUTER_FILE
+from fedcompose.release import EVALUATION_FILE
 from fedcompose_coordinator.methods import ComposeSettings, Recipe, recipe
 
 REMOVED_FILE = "removed.json"

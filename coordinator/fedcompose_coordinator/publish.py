@@ -16,6 +16,14 @@ from datetime import datetime
 from pathlib import Path
 
 from fedcompose.adapter import CONFIG_FILE, MAX_WEIGHTS_BYTES, WEIGHTS_FILE
+from fedcompose.composition import (
+    ATTENTION_FOLDER,
+    COMPOSITION_FILE,
+    MAX_ROUTER_BYTES,
+    ROUTER_FILE,
+    Composition,
+    parse_composition,
+)
 from fedcompose.contribution import OPTIONAL, REQUIRED, VerifiedContribution
 from fedcompose.errors import ConfigError, RefusedError
 from fedcompose.federation import Federation, format_time, read_federation
@@ -39,17 +47,11 @@ from fedcompose.provenance import (
     installed_versions,
 )
 from fedcompose.release import (
-    ATTENTION_FOLDER,
-    COMPOSITION_FILE,
     EVALUATION_FILE,
     FEDERATION_FILE,
     INGREDIENTS_FOLDER,
-    MAX_ROUTER_BYTES,
-    ROUTER_FILE,
-    Composition,
     ReceivedRelease,
     VerifiedRelease,
-    parse_composition,
     verify_release,
 )
 from fedcompose.revocations import with_revocations

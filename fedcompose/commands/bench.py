@@ -9,7 +9,8 @@ from rich.table import Table
 
 from fedcompose.commands.serve import BaseRef, Bfloat16, Folder, Roots, load_engine, require_packages
 from fedcompose.console import AsJson, print_json, print_whole, progress_bars
-from fedcompose.release import ReceivedRelease, verify_for_use
+from fedcompose.release import ReceivedRelease
+from fedcompose.standing import verify_for_use
 
 TOGETHER = (1, 8, 32)
 

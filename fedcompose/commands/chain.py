@@ -13,7 +13,8 @@ from typing import Any, NamedTuple
 
 from fedcompose.contribution import VerifiedContribution
 from fedcompose.federation import Key, OpenedFile, format_time, open_federation
-from fedcompose.release import FEDERATION_FILE, VerifiedRelease, newest_known
+from fedcompose.release import FEDERATION_FILE, VerifiedRelease
+from fedcompose.standing import newest_known
 from fedcompose.trust_state import pinned
 
 SHORT = 12  # characters of a digest on a terminal; `--json` has the facts with whole ones

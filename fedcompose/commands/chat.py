@@ -14,7 +14,8 @@ from rich.text import Text
 from fedcompose.commands.serve import BaseRef, Folder, Roots, load_engine, require_packages
 from fedcompose.console import AsJson, err, out, print_json
 from fedcompose.errors import ConfigError
-from fedcompose.release import ReceivedRelease, VerifiedRelease, verify_for_use
+from fedcompose.release import ReceivedRelease, VerifiedRelease
+from fedcompose.standing import verify_for_use
 
 if TYPE_CHECKING:  # torch takes seconds to import
     from fedcompose.serve.engine import Engine, Settings

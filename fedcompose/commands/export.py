@@ -10,7 +10,8 @@ import typer
 from fedcompose.commands.serve import BaseRef, Folder, Roots, require_packages
 from fedcompose.console import AsJson, out, print_json
 from fedcompose.errors import ConfigError
-from fedcompose.release import ReceivedRelease, VerifiedRelease, verify_for_use
+from fedcompose.release import ReceivedRelease, VerifiedRelease
+from fedcompose.standing import verify_for_use
 
 
 def register(app: typer.Typer) -> None:

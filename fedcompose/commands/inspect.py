@@ -9,6 +9,7 @@ from typing import Any
 
 from fedcompose.adapter import WEIGHTS_FILE
 from fedcompose.bases import ALIASES, describe_base, resolve_base
+from fedcompose.composition import COMPOSITION_FILE, parse_composition
 from fedcompose.console import out
 from fedcompose.contribution import VerifiedContribution, kind_of
 from fedcompose.errors import FedcomposeError
@@ -21,7 +22,7 @@ from fedcompose.provenance import (
     Provenance,
     ReleaseProvenance,
 )
-from fedcompose.release import COMPOSITION_FILE, INGREDIENTS_FOLDER, VerifiedRelease, parse_composition
+from fedcompose.release import INGREDIENTS_FOLDER, VerifiedRelease
 from fedcompose.statement import parse_provenance, parse_release_provenance
 
 MAX_SHOWN = 64  # rows of a table of numbers that somebody else wrote

@@ -17,7 +17,8 @@ from fedcompose.errors import ConfigError, MissingError
 from fedcompose.keys import load_signer
 from fedcompose.logs import configure
 from fedcompose.receipt import server_key
-from fedcompose.release import ReceivedRelease, VerifiedRelease, cautions, terms_of, verify_for_use
+from fedcompose.release import ReceivedRelease, VerifiedRelease
+from fedcompose.standing import cautions, terms_of, verify_for_use
 
 if TYPE_CHECKING:  # torch takes seconds to import
     from fedcompose.serve.engine import Engine

@@ -17,6 +17,7 @@ from fedcompose.bases import Base, base_shapes, resolve_base
 from fedcompose.call import CALL_TYPE
 from fedcompose.commands.chain import Chain, contribution_chain, file_chain, release_chain
 from fedcompose.commands.inspect import Facts, aligned, contribution_facts, release_facts, show, unverified_facts
+from fedcompose.composition import COMPOSITION_FILE
 from fedcompose.console import AsJson, err, out, print_json
 from fedcompose.contribution import (
     KINDS,
@@ -43,17 +44,9 @@ from fedcompose.files import MAX_JSON_BYTES, read_limited
 from fedcompose.folder import list_files, read_file
 from fedcompose.keys import ENROLMENT_TYPE
 from fedcompose.provenance import PROVENANCE_FILE
-from fedcompose.release import (
-    COMPOSITION_FILE,
-    ReceivedRelease,
-    VerifiedRelease,
-    cautions,
-    check_terms,
-    judge_today,
-    newest_known,
-    verify_release,
-)
+from fedcompose.release import ReceivedRelease, VerifiedRelease, verify_release
 from fedcompose.revocations import REVOCATIONS_TYPE
+from fedcompose.standing import cautions, check_terms, judge_today, newest_known
 from fedcompose.statement import parse_provenance, parse_release_provenance
 from fedcompose.trust_state import (
     accepted_federation,

@@ -26,6 +26,7 @@ from fedcompose.adapter import (
     write_adapter,
 )
 from fedcompose.bases import Base, base_shapes, resolve_base
+from fedcompose.composition import ATTENTION_FOLDER, MAX_ROUTER_BYTES, ROUTER_FILE
 from fedcompose.errors import ConfigError, RefusedError
 from fedcompose.files import read_limited
 from fedcompose.model.controls import FixedRouter, NoExpertRouter
@@ -34,10 +35,9 @@ from fedcompose.model.learned import parse_router
 from fedcompose.model.lm import load_base, prompt_ids
 from fedcompose.model.placement import base_name, check_shape, compose_model, decision_points, linear_of
 from fedcompose.model.spread import spread as over_gpus
-from fedcompose.release import ATTENTION_FOLDER as ATTENTION_FOLDER
-from fedcompose.release import MAX_ROUTER_BYTES, ReceivedRelease, VerifiedRelease, verify_for_use
-from fedcompose.release import ROUTER_FILE as ROUTER_FILE
+from fedcompose.release import ReceivedRelease, VerifiedRelease
 from fedcompose.routing import RouterConfig
+from fedcompose.standing import verify_for_use
 
 ATTENTION_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj")
 ALIVE_PROBE = "What is 17 + 25? Think step by step."

@@ -11,13 +11,14 @@ from torch import Tensor
 
 from fedcompose.adapter import parse_safetensors
 from fedcompose.bases import Base, base_shapes
+from fedcompose.composition import ROUTER_FILE
 from fedcompose.errors import ConfigError
 from fedcompose.export import ORIGIN_FILE, origin
 from fedcompose.files import new_folder, read_json, write_json
 from fedcompose.model.experts import Expert, read_expert
 from fedcompose.model.lm import load_base
 from fedcompose.model.merged import add_into, attention, check_base
-from fedcompose.release import ROUTER_FILE, VerifiedRelease
+from fedcompose.release import VerifiedRelease
 from fedcompose.vllm_model import ARCHITECTURE, PREFIX, SETTINGS
 
 EXPERTS_FILE = "fedcompose-experts.safetensors"

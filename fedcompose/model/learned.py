@@ -10,6 +10,7 @@ from safetensors.torch import save as dump_safetensors
 from torch import Tensor, nn
 
 from fedcompose.adapter import parse_safetensors
+from fedcompose.composition import MAX_ROUTER_BYTES
 from fedcompose.errors import ConfigError, RefusedError
 from fedcompose.files import read_limited, write_atomic
 from fedcompose.model.estimators import (
@@ -25,7 +26,6 @@ from fedcompose.model.estimators import (
 )
 from fedcompose.model.router import Point, RoutingDecision
 from fedcompose.model.scorers import COMPARE, LinearScorer, StaticScorer, VectorScorer
-from fedcompose.release import MAX_ROUTER_BYTES
 from fedcompose.routing import RouterConfig
 
 

@@ -10,13 +10,14 @@ import torch
 
 from fedcompose.adapter import CONFIG_FILE, WEIGHTS_FILE, parse_adapter
 from fedcompose.bases import Base, base_shapes
+from fedcompose.composition import ATTENTION_FOLDER
 from fedcompose.errors import ConfigError, RefusedError
 from fedcompose.export import ORIGIN_FILE, origin
 from fedcompose.files import new_folder, write_json
 from fedcompose.model.experts import Expert, make_expert, read_expert
 from fedcompose.model.lm import load_base
 from fedcompose.model.placement import check_shape, linear_of
-from fedcompose.release import ATTENTION_FOLDER, VerifiedRelease
+from fedcompose.release import VerifiedRelease
 
 
 def export_merged(release: VerifiedRelease, site: str, base: Base, target: Path) -> None:

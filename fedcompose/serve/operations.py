@@ -18,8 +18,9 @@ from datetime import UTC, datetime
 from types import FrameType
 
 from fedcompose.errors import ConfigError, FedcomposeError, RefusedError
-from fedcompose.release import ReceivedRelease, VerifiedRelease, verify_for_use, withdrawn_experts
+from fedcompose.release import ReceivedRelease, VerifiedRelease
 from fedcompose.serve.limits import Door
+from fedcompose.standing import verify_for_use, withdrawn_experts
 
 Verdict = Callable[[], Mapping[str, str]]  # as `Judge`
 Mask = Callable[[Collection[str]], object]  # as `Engine.mask`

@@ -19,6 +19,7 @@ from pydantic import BaseModel
 from fedcompose import ledger, receipt
 from fedcompose.adapter import AdapterConfig, parse_config
 from fedcompose.call import Call, parse_call
+from fedcompose.composition import Composition, parse_composition
 from fedcompose.delivery import Receipt
 from fedcompose.errors import RefusedError
 from fedcompose.explanations import EXPLANATIONS
@@ -26,7 +27,6 @@ from fedcompose.federation import Federation
 from fedcompose.files import dump_json, sha256_hex
 from fedcompose.invitation import Invitation
 from fedcompose.keys import Enrolment, read_enrolment
-from fedcompose.release import Composition, parse_composition
 from fedcompose.revocations import Revocations, parse_revocations
 from fedcompose.signing import keyid_of, verify_files
 from fedcompose.statement import _Statement, parse_provenance, parse_release_provenance

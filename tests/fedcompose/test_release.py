@@ -19,9 +19,10 @@ from fedcompose.errors import RefusedError
 from fedcompose.federation import Revocation, format_time
 from fedcompose.files import folder_digests, sha256_hex, write_json
 from fedcompose.keys import load_signer, new_key, read_enrolment
-from fedcompose.release import ReceivedRelease, VerifiedRelease, cautions, judge_today, verify_for_use, verify_release
+from fedcompose.release import ReceivedRelease, VerifiedRelease, verify_release
 from fedcompose.revocations import RevokedKey, WithdrawnRelease, next_revocations, no_revocations
 from fedcompose.signing import sign_files
+from fedcompose.standing import cautions, judge_today, verify_for_use
 from fedcompose.trust_state import accept_revocations, accepted_file, trusted_federation
 from tests.federation_sim import FederationSim, make_federation
 

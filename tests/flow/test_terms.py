@@ -9,12 +9,13 @@ from typing import Any
 
 import pytest
 
-from fedcompose import release as releases
+from fedcompose import standing
 from fedcompose.cli import main
 from fedcompose.commands import verify as verifying
 from fedcompose.errors import ConfigError, RefusedError
 from fedcompose.files import write_atomic
-from fedcompose.release import ReceivedRelease, terms_of, verify_for_use, verify_release
+from fedcompose.release import ReceivedRelease, verify_release
+from fedcompose.standing import terms_of, verify_for_use
 from fedcompose_client.config import Use
 from fedcompose_client.preview import describe_offer
 from fedcompose_coordinator import home as homes
@@ -130,7 +131,7 @@ def test_without_the_check_it_would_be_loaded(settled: FederationSim, monkeypatc
     settled.contribute("site-b")
     settled.receive()
     settled.compose()
-    monkeypatch.setattr(releases, "check_terms", lambda *_: None)
+    monkeypatch.setattr(standing, "check_terms", lambda *_: None)
     later = datetime.now(UTC) + timedelta(days=5)
     verify_for_use(ReceivedRelease(settled.release().path), [settled.root.keyid], later)
 

@@ -32,6 +32,7 @@ from fedcompose.adapter import (
     tensor_name,
 )
 from fedcompose.call import CALL_TYPE, make_call, verify_call
+from fedcompose.composition import parse_composition
 from fedcompose.delivery import DELIVERY_TYPE, make_receipt, read_receipt
 from fedcompose.drafts import create_federation, enrol
 from fedcompose.errors import FedcomposeError
@@ -48,7 +49,6 @@ from fedcompose.provenance import (
     Provenance,
     ReleaseProvenance,
 )
-from fedcompose.release import parse_composition
 from fedcompose.revocations import (
     REVOCATIONS_TYPE,
     RevokedKey,

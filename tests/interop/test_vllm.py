@@ -21,9 +21,10 @@ from fedcompose.bases import Base, resolve_base
 from fedcompose.model.composed import load_release
 from fedcompose.model.for_vllm import EXPERTS_FILE, export_vllm
 from fedcompose.model.lm import prompt_ids
-from fedcompose.release import ReceivedRelease, VerifiedRelease, verify_for_use
+from fedcompose.release import ReceivedRelease, VerifiedRelease
 from fedcompose.routing import RouterConfig
 from fedcompose.serve.bench import questions
+from fedcompose.standing import verify_for_use
 from tests.federation_sim import ATTENTION, make_federation
 from tests.tiny import make_tiny_base
 from tests.tiny_experts import make_tiny_expert

@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM
 
 import fedcompose
 from fedcompose.bases import Base, resolve_base
+from fedcompose.composition import ATTENTION_FOLDER, ROUTER_FILE
 from fedcompose.errors import MissingError, RefusedError
 from fedcompose.model import composed
 from fedcompose.model.controls import FixedRouter, UniformRouter
@@ -176,8 +177,8 @@ def _trained(base: Base, experts: list[Path]) -> Any:
 
 
 def _save(model: Any, folder: Path) -> Path:
-    save_router(folder / composed.ROUTER_FILE, model.router)
-    composed.save_attention(folder / composed.ATTENTION_FOLDER, model)
+    save_router(folder / ROUTER_FILE, model.router)
+    composed.save_attention(folder / ATTENTION_FOLDER, model)
     return folder
 
 
@@ -193,7 +194,7 @@ def test_saved_and_assembled_again_it_says_the_same(base: Base, experts: list[Pa
 @torch.no_grad()
 def test_the_attention_folder_is_a_plain_peft_adapter(base: Base, tmp_path: Path) -> None:
     model = _trained(base, [])
-    folder = _save(model, tmp_path) / composed.ATTENTION_FOLDER
+    folder = _save(model, tmp_path) / ATTENTION_FOLDER
 
     alone = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base.path), folder)
 

@@ -16,10 +16,11 @@ import pytest
 from fedcompose.amendments import set_status
 from fedcompose.drafts import amend
 from fedcompose.errors import ConfigError, RefusedError
-from fedcompose.release import ReceivedRelease, verify_for_use
+from fedcompose.release import ReceivedRelease
 from fedcompose.revocations import RevokedKey, next_revocations, no_revocations
 from fedcompose.serve.limits import Door
 from fedcompose.serve.operations import Judge, check_exposure, judge_anew, judge_on_hangup
+from fedcompose.standing import verify_for_use
 from fedcompose.trust_state import accept_revocations, trusted_federation
 from tests.federation_sim import FederationSim
 
