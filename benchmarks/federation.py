@@ -6,7 +6,8 @@
 Real keys, signatures, call and intake; the adapters hold random numbers. `grid` runs each number of sites in a process
 of its own and takes the time of the coordinator's steps; what the sites do themselves (signing) is not counted.
 `transfer` runs the processes that `coordinator start` and `client join` run, on loopback with TLS, and sends the same
-bytes over a plain TLS connection in turn. Memory is the most that a process ever held in RAM.
+bytes over a plain TLS connection in turn; a first, tiny contribution shows what Flower waits for in any case. Memory
+is the most that a process ever held in RAM.
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ TINY = (16, 4, 2)  # hidden size, rank, modules
 LARGE = (512, 512)  # hidden size and rank: 2 MiB for each module
 MODULE_BYTES = 2 * 4 * LARGE[0] * LARGE[1]
 SIZES_MB = (10, 200, 1000)
+FLOOR_MB = 2  # so small that only Flower's waits are measured
 PLAIN_COPIES = 3  # before, and as many after
 PROCESSES = {
     "superlink": "fedcompose_coordinator.superlink", "driver": "fedcompose_coordinator.driver",
@@ -60,9 +62,12 @@ def main() -> None:
     if arguments.what == "grid":
         rows = [in_fresh_process(count) for count in arguments.sites or SITES]
     else:
-        rows = [
+        floor = measured_transfer(1, FLOOR_MB)
+        rows = [floor] + [
             measured_transfer(count, size) for size in arguments.megabytes for count in arguments.sites or (1, 2, 5)
         ]
+        for row in rows:
+            row["plain_copies_above_floor"] = round((row["fetch_s"] - floor["fetch_s"]) / row["plain_tls_s"], 2)
     result = {"cpus": os.cpu_count(), "load": os.getloadavg()[0], "rows": rows}
     print(json.dumps(result, indent=2))
     if arguments.out:

@@ -22,6 +22,7 @@ from typing import IO
 
 from fedcompose import logs
 from fedcompose.errors import ConfigError, FedcomposeError
+from fedcompose.memory import reuse_freed_memory
 
 log = logging.getLogger(__name__)
 
@@ -53,6 +54,7 @@ def follow_parent() -> None:
 
 def be_child(name: str, work: Callable[[Path], None]) -> None:
     """Be the program `python -m MODULE FOLDER` that another one supervises, and whose end it does not outlive."""
+    reuse_freed_memory()
     logs.configure(name)
     follow_parent()
     try:

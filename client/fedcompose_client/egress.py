@@ -11,6 +11,7 @@ leaves, not even a code.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -137,10 +138,12 @@ def _window(site: Path, outgoing: Window, now: datetime) -> RecordDict:
     wire.read_window(content, parts, outgoing.start, outgoing.length)
     if released_parts(site, outgoing.call, outgoing.domain) != parts:
         raise RefusedError(wire.OFFER_CHANGED, "a file of the outbox changed while it was read")
-    data = b"".join(pieces.values())
+    digest = hashlib.sha256()
+    for data in pieces.values():
+        digest.update(data)
     head = note(
-        site, "window", now, bytes=len(data), sha256=sha256_hex(data), call=outgoing.call, offer=outgoing.offer,
-        start=outgoing.start,
+        site, "window", now, bytes=sum(map(len, pieces.values())), sha256=digest.hexdigest(), call=outgoing.call,
+        offer=outgoing.offer, start=outgoing.start,
     )  # fmt: skip
     return wire.with_head(content, head)
 

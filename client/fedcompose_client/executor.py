@@ -19,6 +19,7 @@ import time
 from pathlib import Path
 from typing import Any, Protocol
 
+from fedcompose.memory import reuse_freed_memory
 from fedcompose.wire import Context, Message, RecordDict, TaskIdentity
 from fedcompose_client.node import LOOPBACK, MAX_MEMORY_BYTES, read_node_settings
 
@@ -66,6 +67,7 @@ PULL_TIMEOUT_S = 20.0  # for a message that the SuperNode has, or is fetching; i
 def run(folder: Path, app: SuperNodeApp) -> None:
     """Answer messages with `app` until this process is ended. `folder` is the SuperNode's."""
     resource.setrlimit(resource.RLIMIT_DATA, (MAX_MEMORY_BYTES, MAX_MEMORY_BYTES))
+    reuse_freed_memory()
     secret = (folder / "secret").read_bytes()
     acquire = "/flwr.proto.Runtime/AcquireTask"
     interceptor = SuperExecAuthHttpInterceptor(master_secret=secret, protected_methods=frozenset({acquire}))

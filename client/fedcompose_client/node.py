@@ -41,6 +41,7 @@ from fedcompose.federation import Document, Federation
 from fedcompose.files import read_json, write_atomic, write_json
 from fedcompose.invitation import Invitation
 from fedcompose.keys import read_node_key
+from fedcompose.memory import reuse_freed_memory
 
 log = logging.getLogger(__name__)
 
@@ -108,6 +109,7 @@ def run(folder: Path) -> None:
 
     settings = read_node_settings(folder)
     resource.setrlimit(resource.RLIMIT_DATA, (MAX_MEMORY_BYTES, MAX_MEMORY_BYTES))
+    reuse_freed_memory()
     supernode = flower_supernode()
     logs.configure("node")
     LOGGING_CONFIG.clear()  # the server on loopback would print lines of its own

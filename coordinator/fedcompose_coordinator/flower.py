@@ -6,8 +6,10 @@ by hand, and intake takes them from there. A site is known by the name under whi
 and must say the same of itself.
 
 What to ask a site next follows from its job alone, so any process may end at any time and another one goes on. A
-message that gets lost, or a site that is away, is asked again, later and later. Many sites are followed at a time; a
-few are fetched from, one window at a time is taken in, so that memory grows neither with sites nor with their adapters.
+message that gets lost, or a site that is away, is asked again, later and later. A site answers one message after the
+other, so an answer tells that those before it will not come any more; where nothing comes, a knock is sent. Many sites
+are followed at a time; a few are fetched from, one window at a time is taken in, so that memory grows neither with
+sites nor with their adapters.
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ from fedcompose.errors import ConfigError, FedcomposeError, MissingError, Refuse
 from fedcompose.ledger import Head
 from fedcompose.wire import Action, Context, Grid, Message, RecordDict, ServerApp, Status
 from fedcompose_coordinator.jobs import ENDED, OURS, Job, call_paths, jobs_of
-from fedcompose_coordinator.partial import Partial, Window, holds
+from fedcompose_coordinator.partial import WINDOWS_AHEAD, Partial, Window, holds
 from fedcompose_coordinator.receipts import owed, receipt_for, taken
 
 log = logging.getLogger(__name__)
@@ -34,12 +36,14 @@ Step = Literal["call", "collect"]
 Ask = Literal["describe", "call", "status", "offer", "fetch"]
 Sign = Callable[[Job, Sequence[wire.Part], Head], bytes | None]  # the receipt for all these files of an offer
 
-FETCHED_AT_A_TIME = 4  # sites; each may have two windows of its contribution on the way
+FETCHED_AT_A_TIME = 2  # sites
+WINDOWS_IN_ALL = 4  # on the way from all of them, for the SuperLink holds each of them in memory
 ASKED_AT_A_TIME = 64  # sites
 REPLY_TIMEOUT_S = 600.0
 NODE_TIMEOUT_S = 60.0  # for sites that are still connecting
 NODE_EVERY_S = 2.0
 HEAR_EVERY_S = 0.2
+QUIET_S = 10.0  # after which a site that has not answered is asked for something small as well
 STATUS_EVERY_S = 10.0
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 2.0, 600.0  # before a site is asked again after a failure
 JOBS_EVERY_S = 5.0  # looking for new calls
@@ -71,6 +75,7 @@ class Question:
     content: RecordDict
     window: Window | None = None
     partial: Partial | None = None
+    is_knock: bool = False  # the answer says nothing but that the site is there
 
 
 @dataclass(eq=False)
@@ -102,11 +107,11 @@ class Exchange:
 
     # Asking
 
-    def questions(self) -> list[Question]:
-        """What to send now: nothing while an answer is awaited, except windows ahead."""
+    def questions(self, ahead: int = WINDOWS_AHEAD) -> list[Question]:
+        """What to send now: nothing while an answer is awaited, except so many windows ahead."""
         if self.next == "fetch" and self.partial is not None:
             offer = wire.offer_digest(self.partial.parts)
-            return [self._window(self.partial, offer, window) for window in self.partial.next_windows()]
+            return [self._window(self.partial, offer, window) for window in self.partial.next_windows(ahead)]
         if self.on_the_way:
             return []
         if self.receipt is not None:
@@ -132,8 +137,8 @@ class Exchange:
         Raises: RefusedError: the site's own code, `MESSAGE_INVALID`, `SITE_MISMATCH`, `PROTOCOL_UNKNOWN`,
             `CONTRIBUTION_DIGEST`.
         """
-        if question.partial is not self.partial:
-            return  # of a transfer that has been given up since
+        if question.is_knock or question.partial is not self.partial:
+            return  # or of a transfer that has been given up since
         if question.window is not None and self.partial is not None:
             self._take_window(self.partial, question.window, content)
         else:
@@ -148,7 +153,7 @@ class Exchange:
 
     def failed(self, question: Question, error: FedcomposeError) -> None:
         """Ask again after a while; when only one step is to be taken, this was it."""
-        if question.partial is not None and question.partial is not self.partial:
+        if question.is_knock or (question.partial is not None and question.partial is not self.partial):
             return
         if question.action == "receipt":
             self.receipt = self.receipt if isinstance(error, MissingError) and self.goal is None else None
@@ -271,16 +276,18 @@ class Talk:
     nodes: dict[str, int] = field(default_factory=dict)
     looked: float = -NODE_EVERY_S
 
-    def once(self, exchanges: Iterable[Exchange]) -> None:
-        """Hear what has come, and ask whoever is due."""
+    def once(self, exchanges: Iterable[Exchange]) -> bool:
+        """Hear what has come, and ask whoever is due; whether anything had come."""
         self._look()
-        self._hear()
+        has_heard = self._hear()
+        self._knock()
         now = time.monotonic()
         for exchange in exchanges:
             node = self.nodes.get(exchange.job.site.id)
             if node is not None and not exchange.is_over and exchange.due <= now and self._has_room(exchange):
-                for question in exchange.questions():
+                for question in exchange.questions(self._windows_for(exchange)):
                     self._send(node, exchange, question)
+        return has_heard
 
     def _look(self) -> None:
         if time.monotonic() - self.looked >= NODE_EVERY_S:
@@ -294,6 +301,11 @@ class Talk:
         fetching = sum(each.next == "fetch" for each in busy.values())
         return len(busy) < ASKED_AT_A_TIME and (exchange.next != "fetch" or fetching < FETCHED_AT_A_TIME)
 
+    def _windows_for(self, exchange: Exchange) -> int:
+        """How many windows this site may have on their way: a fair share of all."""
+        fetching = {sent.exchange for sent in self.sent.values() if sent.question.window is not None} | {exchange}
+        return min(WINDOWS_AHEAD, WINDOWS_IN_ALL // len(fetching))
+
     def _send(self, node: int, exchange: Exchange, question: Question) -> None:
         message = Message(question.content, node, wire.message_type(question.action), ttl=REPLY_TIMEOUT_S)
         (id_,) = self.grid.push_messages([message])
@@ -303,15 +315,44 @@ class Talk:
         exchange.on_the_way += 1
         self.sent[id_] = Sent(exchange, question, time.monotonic())
 
-    def _hear(self) -> None:
-        """Take in every reply that has come; those that carry windows one by one, so that one is in memory."""
-        small = [id_ for id_, sent in self.sent.items() if sent.question.window is None]
-        for ids in [small, *([id_] for id_, sent in self.sent.items() if sent.question.window is not None)]:
-            for reply in self.grid.pull_messages(ids) if ids else ():
-                self._take(self.sent.pop(reply.metadata.reply_to_message_id), reply)
+    def _hear(self) -> bool:
+        """Take in the replies that have come, windows one by one, so that one is in memory; whether there were any."""
+        heard = self._pull([id_ for id_, sent in self.sent.items() if sent.question.window is None])
+        awaited = set[Exchange]()  # where one window has not come, those asked for after it are not looked for
+        for id_, sent in [(id_, sent) for id_, sent in self.sent.items() if sent.question.window is not None]:
+            if sent.exchange not in awaited:
+                came = self._pull([id_])
+                heard += came
+                awaited |= set() if came else {sent.exchange}
+        for answered in heard:
+            self._give_up_before(answered)
         for id_, sent in list(self.sent.items()):
             if time.monotonic() - sent.at > REPLY_TIMEOUT_S:
                 self._take(self.sent.pop(id_), None)
+        return bool(heard)
+
+    def _pull(self, ids: Sequence[str]) -> list[Sent]:
+        """Take in those of these replies that have come, and return what they answer."""
+        answered = []
+        for reply in self.grid.pull_messages(ids) if ids else ():
+            answered.append(self.sent.pop(reply.metadata.reply_to_message_id))
+            self._take(answered[-1], reply)
+        return answered
+
+    def _give_up_before(self, answered: Sent) -> None:
+        """What the site was asked before this, and has not answered: that got lost with a connection."""
+        for id_, sent in list(self.sent.items()):
+            if sent.exchange is answered.exchange and sent.at < answered.at and not self._pull([id_]):
+                self._take(self.sent.pop(id_), None)
+
+    def _knock(self) -> None:
+        """Ask those who have been silent, at intervals that double, whether they are there."""
+        now = time.monotonic()
+        for exchange in {sent.exchange for sent in self.sent.values()}:
+            node = self.nodes.get(exchange.job.site.id)
+            asked = [sent.at for sent in self.sent.values() if sent.exchange is exchange]
+            if node is not None and now - asked[-1] > max(QUIET_S, asked[-1] - asked[0]):
+                self._send(node, exchange, Question("describe", wire.request(), is_knock=True))
 
     def _take(self, sent: Sent, reply: Message | None) -> None:
         """Hand a reply to its exchange, or the error that stands for a missing one."""
@@ -353,14 +394,15 @@ def make_server_app(
         talk, give_up = Talk(grid), time.monotonic() + node_timeout_s
         told: set[str] = set()
         while len(told) < len(exchanges):
-            talk.once(exchanges)
+            has_heard = talk.once(exchanges)
             for exchange in exchanges:
                 outcome = exchange.outcome if exchange.is_over else _absence(exchange, talk, give_up)
                 if outcome is not None and outcome.site not in told:
                     told.add(outcome.site)
                     if report is not None:
                         report(outcome)
-            time.sleep(hear_every_s)
+            if not has_heard:
+                time.sleep(hear_every_s)
 
     return server
 
@@ -403,10 +445,11 @@ def make_driver_app(
         while not is_ended():
             exchanges = [each for each in exchanges if each.job.state not in ENDED or each.receipt]
             exchanges += [Exchange(job, None, window_bytes, sign=receipt_for) for job in calls.new_jobs()]
-            talk.once(exchanges)
+            has_heard = talk.once(exchanges)
             for exchange in exchanges:
                 _follow_up(exchange, judge)
-            time.sleep(hear_every_s)
+            if not has_heard:
+                time.sleep(hear_every_s)
 
     return server
 

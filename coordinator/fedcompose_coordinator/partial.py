@@ -54,10 +54,10 @@ class Partial:
     def is_whole(self) -> bool:
         return self.received_bytes == self.total
 
-    def next_windows(self) -> list[Window]:
-        """The windows to ask for now."""
+    def next_windows(self, ahead: int = WINDOWS_AHEAD) -> list[Window]:
+        """The windows to ask for now, so that so many are on their way."""
         windows: list[Window] = []
-        while len(self.asked) < WINDOWS_AHEAD and (window := self._first_gap()) is not None:
+        while len(self.asked) < ahead and (window := self._first_gap()) is not None:
             self.asked.add(window)
             windows.append(window)
         return windows

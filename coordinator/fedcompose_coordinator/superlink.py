@@ -5,8 +5,9 @@
 
 Flower serves all its interfaces on one port, and the one that starts runs and registers nodes checks nobody. No door
 leads to it here, not even from this machine: this process itself registers the nodes that the federation file names,
-and no others, and keeps a run waiting for the driver. Flower's state lies in `flower/` of the coordinator's folder. It
-is a convenience; what was asked, received and decided stands in files of our own.
+and no others, and keeps a run waiting for the driver. Flower's state is in memory, for windows of contributions pass
+through it, and a database would write each of them to disk four times. It is a convenience; what was asked, received
+and decided stands in files of our own. When this process ends, sites connect anew and the driver begins a new run.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ import asyncio
 import hashlib
 import importlib
 import logging
+import os
+import resource
 import secrets
 import signal
 import socket
@@ -25,28 +28,26 @@ from email.utils import formatdate
 from pathlib import Path
 from typing import Any, Literal
 
-from fedcompose import wire  # noqa: F401 - sets Flower's switches before Flower is imported
+from fedcompose import wire  # sets Flower's switches before Flower is imported
 from fedcompose.errors import ConfigError, FedcomposeError
 from fedcompose.federation import Federation
 from fedcompose.files import MAX_JSON_BYTES, read_limited
 from fedcompose.supervision import be_child
 from fedcompose.trust_state import trusted_federation
 from fedcompose_coordinator.config import load_config
-from fedcompose_coordinator.door import FLOWER, write_door
+from fedcompose_coordinator.door import write_door
 from fedcompose_coordinator.tls import CERTIFICATE_FILE, KEY_FILE, TLS
 
 # isort: split
 import uvicorn
 from flwr.cli.build import build_fab_from_disk
 from flwr.common.constant import NOOP_ACCOUNT_NAME, NOOP_FLWR_AID, Status
-from flwr.server.superlink.linkstate import SqlLinkState
-from flwr.supercore.constant import NOOP_FEDERATION_ID, TaskType
+from flwr.server.superlink.linkstate import InMemoryLinkState
+from flwr.supercore.constant import FLWR_IN_MEMORY_DB_NAME, NOOP_FEDERATION_ID, TaskType
 from flwr.supercore.fab import Fab
-from flwr.supercore.state.schema.linkstate_models import Node
 from flwr.superlink.auth_plugin import NoOpControlAuthnPlugin
 from flwr.superlink.config_loader import SuperLinkLifespanConfig
 from flwr.superlink.main import create_app
-from sqlalchemy import delete
 
 log = logging.getLogger("fedcompose_coordinator.superlink")  # also when run as a program
 
@@ -71,12 +72,14 @@ RUNTIME = frozenset(
 )  # fmt: skip
 
 MAX_BODY_BYTES = 16 << 20  # of a request; Flower cuts what it sends into objects of 5 MiB
+MAX_MEMORY_BYTES = 2 << 30  # sixteen windows on their way are 512 MiB
 MAX_CONNECTIONS = 2000  # at once, of sites; each holds two
 KEEP_ALIVE_S = 75
 BACKLOG = 128
 UPKEEP_S = 1.0
 SECRET_BYTES = 32
 SHUTDOWN_S = 3
+FULL = 1  # exit status
 
 Scope = MutableMapping[str, Any]
 Event = MutableMapping[str, Any]
@@ -113,14 +116,23 @@ def _announced_bytes(scope: Scope) -> int:
 
 
 def _limited(receive: Receive) -> Receive:
-    """The same events, until more came than a body may have: then the other side is gone, for Flower."""
-    seen = 0
+    """The body as one event, for Flower hands each on through many layers; after it, or if it is too large, the end."""
+    body = bytearray()
+    is_read = False
 
     async def limited() -> Event:
-        nonlocal seen
-        event = await receive()
-        seen += len(event.get("body", b""))
-        return event if seen <= MAX_BODY_BYTES else {"type": "http.disconnect"}
+        nonlocal is_read
+        while not is_read:
+            event = await receive()
+            body.extend(event.get("body", b""))
+            if event["type"] != "http.request" or len(body) > MAX_BODY_BYTES:
+                return {"type": "http.disconnect"}
+            is_read = not event.get("more_body", False)
+            if is_read:
+                whole = bytes(body)
+                body.clear()
+                return {"type": "http.request", "body": whole, "more_body": False}
+        return await receive()
 
     return limited
 
@@ -135,31 +147,32 @@ async def _refuse(send: Send, status: int) -> None:
 # Flower's state -----------------------------------------------------------------------------------
 
 
-def register_nodes(state: SqlLinkState, federation: Federation) -> None:
+def register_nodes(state: InMemoryLinkState, federation: Federation) -> None:
     """Make the registered nodes those of the federation's active sites, each under its site's name."""
     wanted = {
         site.node_key.encode(): site.id
         for site in federation.sites
         if site.status == "active" and site.node_key is not None
     }
-    known = {node.public_key: node.name for node in state.get_node_info(owner_aids=[NOOP_FLWR_AID])}
-    for key in known:
-        if wanted.get(key) != known[key]:
-            _forget_node(state, key)
-            log.info("a node is registered no more", extra={"site": known[key]})
+    known = {node.public_key: node for node in state.get_node_info(owner_aids=[NOOP_FLWR_AID])}
+    for key, node in known.items():
+        if wanted.get(key) != node.name:
+            _forget_node(state, node)
+            log.info("a node is registered no more", extra={"site": node.name})
     for key, site in wanted.items():
-        if known.get(key) != site:
+        if key not in known or known[key].name != site:
             state.create_node(NOOP_FLWR_AID, NOOP_ACCOUNT_NAME, key, 0, name=site)
             log.info("registered a node", extra={"site": site})
 
 
-def _forget_node(state: SqlLinkState, key: bytes) -> None:
+def _forget_node(state: InMemoryLinkState, node: wire.NodeInfo) -> None:
     """Take a node out whole: a node that Flower has only unregistered could never be registered again."""
-    with state.session() as session:
-        session.execute(delete(Node).where(Node.public_key == key))
+    with state.lock:
+        del state.nodes[node.node_id], state.node_public_key_to_node_id[node.public_key]
+        state.owner_to_node_ids[NOOP_FLWR_AID].discard(node.node_id)
 
 
-def keep_a_run_waiting(state: SqlLinkState, fab: Fab) -> None:
+def keep_a_run_waiting(state: InMemoryLinkState, fab: Fab) -> None:
     """See to it that a driver finds a run to claim, and that only the newest claimed one goes on.
 
     An older one was claimed by a driver that has died. Stopping it drops its messages.
@@ -176,7 +189,7 @@ def keep_a_run_waiting(state: SqlLinkState, fab: Fab) -> None:
         )  # fmt: skip
 
 
-def _store_app(state: SqlLinkState) -> Fab:
+def _store_app(state: InMemoryLinkState) -> Fab:
     """The bundle that Flower wants for a run: the names of our two apps. No site and no driver runs any code of it."""
     content = build_fab_from_disk(FLOWER_APP)
     fab = Fab(hashlib.sha256(content).hexdigest(), content, {})
@@ -187,10 +200,16 @@ def _store_app(state: SqlLinkState) -> Fab:
     return fab
 
 
-class Upkeep:
-    """What this process does every second: follow the federation file, and keep a run waiting."""
+def held_bytes() -> int:
+    """What this process has in RAM; 0 where the system does not say."""
+    pages = Path("/proc/self/statm")
+    return int(pages.read_text().split()[1]) * resource.getpagesize() if pages.exists() else 0
 
-    def __init__(self, home: Path, state: SqlLinkState) -> None:
+
+class Upkeep:
+    """What this process does every second: follow the federation file, keep a run waiting, and stay small."""
+
+    def __init__(self, home: Path, state: InMemoryLinkState) -> None:
         self.home, self.state = home, state
         self.fab = _store_app(state)
         self.envelope = b""
@@ -202,6 +221,9 @@ class Upkeep:
             register_nodes(self.state, trusted_federation(envelope, None, datetime.now(UTC)))
             self.envelope = envelope
         keep_a_run_waiting(self.state, self.fab)
+        if held_bytes() > MAX_MEMORY_BYTES:  # a site pushes what nobody has asked for; the next process begins without
+            log.critical("too much was sent", extra={"code": "SUPERLINK_FULL"})
+            os._exit(FULL)
 
     async def for_ever(self) -> None:
         """A federation file that cannot be used leaves the nodes as they are; the log says so."""
@@ -224,15 +246,14 @@ class _Server(uvicorn.Server):
         yield
 
 
-def make_superlink(home: Path, secret: bytes) -> Any:
-    """Flower's own application over the state in `home`."""
-    (home / FLOWER).mkdir(parents=True, exist_ok=True, mode=0o700)
+def make_superlink(secret: bytes) -> Any:
+    """Flower's own application."""
     config = SuperLinkLifespanConfig(
         control_address="", health_server_address=None, host="127.0.0.1", port=0, insecure=True, certificates=None,
         superexec_auth_secret=secret, authn_plugin=NoOpControlAuthnPlugin(), event_log_plugin=None,
         fleet_event_log_plugin=None, enable_event_log=False, artifact_provider=None, enable_supernode_auth=True,
         fleet_api_type="grpc-rere", fleet_api_address=None, simulation=False, ssl_ca_certfile=None, ssl_certfile=None,
-        ssl_keyfile=None, database=str(home / FLOWER / "state.db"), isolation="process",
+        ssl_keyfile=None, database=FLWR_IN_MEMORY_DB_NAME, isolation="process",
         runtime_dependency_install=False,
     )  # fmt: skip
     # The package hides this module behind a function of the same name.
@@ -244,7 +265,7 @@ def serve(home: Path) -> None:
     """Serve until the process is told to end."""
     listen = load_config(home).listen
     secret = secrets.token_bytes(SECRET_BYTES)
-    app = make_superlink(home, secret)
+    app = make_superlink(secret)
     state = app.state.linkstate_factory.state()
     public = _listener(listen.host, listen.port)
     private = _listener("127.0.0.1", 0)
@@ -256,7 +277,8 @@ def serve(home: Path) -> None:
     upkeep.once()
     write_door(home, _port(private), secret)
     log.info("listening", extra={"port": listen.port})
-    asyncio.run(_run(doors, [public, private], upkeep))
+    with asyncio.Runner(loop_factory=doors[0].config.get_loop_factory()) as runner:
+        runner.run(_run(doors, [public, private], upkeep))
 
 
 async def _run(servers: list[_Server], sockets: list[socket.socket], upkeep: Upkeep) -> None:

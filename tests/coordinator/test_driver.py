@@ -8,16 +8,17 @@ import shutil
 import time
 from collections.abc import Callable
 from datetime import timedelta
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 from flwr.supercore.inflatable.inflatable_utils import ObjectUnavailableError
 
 from fedcompose import ledger, wire
-from fedcompose.wire import Context, Message
+from fedcompose.wire import Context, Error, ErrorCode, Message, NodeInfo, TaskIdentity
 from fedcompose_client.flower import make_app
 from fedcompose_coordinator import driver, flower, partial
-from fedcompose_coordinator.flower import make_driver_app
+from fedcompose_coordinator.flower import Exchange, Talk, make_driver_app
 from fedcompose_coordinator.jobs import Job, call_paths, jobs_of
 from fedcompose_coordinator.local_grid import run_locally
 from fedcompose_coordinator.partial import Partial
@@ -309,6 +310,104 @@ def test_windows_grow_while_they_arrive_up_to_the_limit(tmp_path: Path) -> None:
         fetch.store(fetch.next_windows()[0], [])
         fetch.asked.clear()
     assert fetch.window_bytes == wire.WINDOW_BYTES
+
+
+class SilentGrid:
+    """A node to which everything is sent, and from which nothing comes but errors for what `failed` names."""
+
+    def __init__(self, site: str) -> None:
+        self.nodes = [NodeInfo(node_id=1, name=site)]
+        self.sent: list[Message] = []
+        self.looked_for: list[str] = []
+        self.failed: set[str] = set()
+
+    def get_nodes(self) -> list[NodeInfo]:
+        return self.nodes
+
+    def push_messages(self, messages: list[Message]) -> list[str]:
+        self.sent += messages
+        messages[0].metadata.__dict__["_message_id"] = str(len(self.sent))
+        return [str(len(self.sent))]
+
+    def pull_messages(self, ids: list[str]) -> list[Message]:
+        self.looked_for += ids
+        error = Error(ErrorCode.NODE_UNAVAILABLE, "")
+        return [Message(error, reply_to=self.sent[int(id_) - 1]) for id_ in ids if id_ in self.failed]
+
+    def actions(self) -> list[str]:
+        return [message.metadata.message_type.rpartition(".")[2] for message in self.sent]
+
+
+def fetching(sim: FlowerSim) -> tuple[Exchange, Talk, SilentGrid]:
+    """A site that has been asked for four windows, and none has come."""
+    TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = 1, 1, 1  # as a driver that runs has them
+    sim.call()
+    (job, _), grid = jobs_of(sim.home, call_paths(sim.home)[-1]), SilentGrid("site-a")
+    exchange, talk = Exchange(job, next="fetch"), Talk(grid)  # type: ignore[arg-type]
+    exchange.partial = Partial(job.partial, [wire.Part("adapter/model.sig", 1000, "0" * 64)], 100)
+    assert not talk.once([exchange])
+    assert len(grid.sent) == partial.WINDOWS_AHEAD == 4
+    return exchange, talk, grid
+
+
+def test_windows_are_looked_for_in_their_order(sim: FlowerSim) -> None:
+    """A node answers one question after the other, so those behind one that has not come are not looked for."""
+    exchange, talk, grid = fetching(sim)
+    assert not talk.once([exchange])
+    assert grid.looked_for == ["1"]
+    grid.failed.add("1")
+    assert talk.once([exchange])
+    assert grid.looked_for == ["1", "1", "2"]
+
+
+def test_an_answer_tells_that_those_before_it_are_lost(sim: FlowerSim) -> None:
+    exchange, talk, grid = fetching(sim)
+    talk.sent = dict(reversed(talk.sent.items()))  # so that the newest is looked for first
+    grid.failed.add("3")
+    assert not talk.once([exchange])
+    grid.failed.add("4")
+    assert talk.once([exchange])
+    assert exchange.partial is not None
+    assert len(talk.sent) == exchange.on_the_way == len(exchange.partial.asked) == 0
+
+
+def test_a_site_that_stays_silent_is_knocked_at_less_and_less_often(
+    sim: FlowerSim, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where nothing comes at all, the answer to a knock tells that what was asked before it is lost."""
+    exchange, talk, grid = fetching(sim)
+    start, seconds = flower.time.monotonic(), 0.0
+    monkeypatch.setattr(flower.time, "monotonic", lambda: start + seconds)
+    knocks: list[int] = []
+    for second in range(300):
+        seconds = float(second)
+        talk.once([exchange])
+        knocks += [second] * (len(grid.sent) - 4 - len(knocks))
+    assert len(knocks) == 5
+    assert knocks[0] <= flower.QUIET_S + 1
+    assert all(later - knock >= knock for knock, later in pairwise(knocks))
+    assert grid.actions()[4:] == ["describe"] * len(knocks)
+    grid.failed.add("6")
+    assert talk.once([exchange])
+    assert exchange.job.seen["code"] == "SITE_SILENT"
+    assert set(talk.sent) == {"7", "8", "9"}
+    assert exchange.next == "fetch"
+
+
+def test_two_sites_at_a_time_share_the_windows_on_their_way(sim: FlowerSim) -> None:
+    TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = 1, 1, 1  # as a driver that runs has them
+    sim.call()
+    job, grid = jobs_of(sim.home, call_paths(sim.home)[-1])[0], SilentGrid("site-a")
+    talk, exchanges = Talk(grid), [Exchange(job, next="fetch") for _ in range(4)]  # type: ignore[arg-type]
+    for n, exchange in enumerate(exchanges):
+        exchange.partial = Partial(job.partial / str(n), [wire.Part("adapter/model.sig", 1000, "0" * 64)], 100)
+    talk.once(exchanges)
+    on_their_way = [exchange.on_the_way for exchange in exchanges]
+    assert on_their_way == [4, 2, 0, 0]  # the first comes down to two as its own arrive
+    assert exchanges[0].partial is not None
+    exchanges[0].partial.asked -= set(list(exchanges[0].partial.asked)[:2])
+    talk.once(exchanges)
+    assert [exchange.on_the_way for exchange in exchanges] == on_their_way
 
 
 def test_a_line_cut_short_by_a_crash_is_a_window_that_did_not_come(tmp_path: Path) -> None:

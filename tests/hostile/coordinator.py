@@ -95,7 +95,7 @@ class HostileCoordinator:
         make_certificates(sim.home, ["127.0.0.1"], sim.now)
         tls = sim.home / "tls"
         self.ca_pem = (tls / "ca.pem").read_bytes()
-        app = make_superlink(sim.home, SECRET)
+        app = make_superlink(SECRET)
         self.state: Any = app.state.linkstate_factory.state()
         register_nodes(self.state, sim.federation)
         listener = socket.socket()

@@ -11,6 +11,7 @@ from base64 import b64encode
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
+from itertools import repeat
 from pathlib import Path
 
 import httpx
@@ -44,12 +45,12 @@ NOW = datetime.now(UTC)
 
 
 @pytest.fixture(scope="module")
-def flower(tmp_path_factory: pytest.TempPathFactory) -> FastAPI:
+def flower() -> FastAPI:
     """Flower's application as it is; the doors are put before it."""
-    return make_superlink(tmp_path_factory.mktemp("home"), SECRET)
+    return make_superlink(SECRET)
 
 
-def state_of(flower: FastAPI) -> superlink.SqlLinkState:
+def state_of(flower: FastAPI) -> superlink.InMemoryLinkState:
     return flower.state.linkstate_factory.state()
 
 
@@ -173,7 +174,7 @@ def test_there_is_always_one_run_to_take_and_at_most_one_taken(flower: FastAPI) 
 
 
 def test_nodes_follow_the_federation_file(tmp_path: Path) -> None:
-    state = state_of(make_superlink(tmp_path / "home", SECRET))
+    state = state_of(make_superlink(SECRET))
     federation = FlowerSim(tmp_path).federation
     site_a, site_b = federation.sites
     rotated = site_a.model_copy(update={"node_key": public_pem_of(new_key().public_key()).decode()})
@@ -194,23 +195,50 @@ def test_a_body_that_is_too_large_is_refused_before_it_is_read(flower: FastAPI) 
     assert client.post("/v1/fleet/push-object", content=b"x", headers={"content-length": "-1"}).status_code == 413
 
 
-def test_a_body_that_does_not_say_its_length_is_cut_off(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(superlink, "MAX_BODY_BYTES", 10)
-    read: list[str] = []
+def events_behind_the_door(pieces: Iterator[bytes], count: int) -> list[superlink.Event]:
+    """What Flower reads of a body that comes in these pieces, and of what follows it."""
+    read: list[superlink.Event] = []
 
     async def app(scope: superlink.Scope, receive: superlink.Receive, send: superlink.Send) -> None:
-        while not read or read[-1] == "http.request":
-            read.append((await receive())["type"])
+        read.extend([await receive() for _ in range(count)])
 
     async def receive() -> superlink.Event:
-        return {"type": "http.request", "body": b"123456", "more_body": True}
+        piece = next(pieces, None)
+        if piece is None:
+            return {"type": "http.disconnect"}
+        return {"type": "http.request", "body": piece, "more_body": piece != b"."}
 
     async def send(event: superlink.Event) -> None:
         raise AssertionError("nothing is answered here")
 
     scope = {"type": "http", "method": "POST", "path": "/v1/fleet/push-object", "headers": []}
     asyncio.run(door(app, FLEET)(scope, receive, send))
-    assert read == ["http.request", "http.disconnect"]
+    return read
+
+
+def test_a_body_that_does_not_say_its_length_is_cut_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(superlink, "MAX_BODY_BYTES", 10)
+    assert events_behind_the_door(repeat(b"123456"), 2) == [{"type": "http.disconnect"}] * 2
+
+
+def test_a_body_comes_whole_or_not_at_all() -> None:
+    whole = {"type": "http.request", "body": b"123456.", "more_body": False}
+    gone = {"type": "http.disconnect"}
+    assert events_behind_the_door(iter([b"123", b"456", b"."]), 2) == [whole, gone]
+    assert events_behind_the_door(iter([b"123", b"456"]), 1) == [gone]
+
+
+def test_a_superlink_that_was_filled_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The one that is started in its place holds nothing. Within the limit, the negative control, it goes on."""
+    ended: list[int] = []
+    sim = FlowerSim(tmp_path)
+    upkeep = superlink.Upkeep(sim.home, state_of(make_superlink(SECRET)))
+    monkeypatch.setattr(superlink.os, "_exit", ended.append)
+    upkeep.once()
+    assert ended == []
+    monkeypatch.setattr(superlink, "MAX_MEMORY_BYTES", superlink.held_bytes() - (1 << 20))
+    upkeep.once()
+    assert ended == [superlink.FULL]
 
 
 # --- TLS ------------------------------------------------------------------------------------------
