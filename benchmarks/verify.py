@@ -26,7 +26,7 @@ import numpy as np
 from fedcompose.adapter import CONFIG_FILE, WEIGHTS_FILE, StoredTensor, canonical_safetensors, tensor_name
 from fedcompose.contribution import ReceivedContribution, verify_contribution
 from fedcompose.drafts import create_federation, enrol
-from fedcompose.federation import verify_federation
+from fedcompose.federation_file import verify_federation
 from fedcompose.files import dir_hash, folder_digests, write_json
 from fedcompose.keys import load_signer, new_key
 from fedcompose.provenance import (

@@ -9,8 +9,9 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
+from fedcompose.document import format_time
 from fedcompose.errors import ConfigError
-from fedcompose.federation import Coordinator, Federation, Key, Revocation, Site, format_time, worse_of
+from fedcompose.federation import Coordinator, Federation, Key, Revocation, Site, worse_of
 from fedcompose.keys import Enrolment, check_handed_over, read_enrolment
 from fedcompose.signing import keyid_of
 

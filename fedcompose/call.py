@@ -19,8 +19,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from fedcompose.adapter import CONFIG_FILE, MAX_RANK, MAX_TARGETS, ModuleName, parse_config
 from fedcompose.contribution import Kind, VerifiedContribution
+from fedcompose.document import Digest, Time, format_time
 from fedcompose.errors import ConfigError, RefusedError
-from fedcompose.federation import BaseModelEntry, Digest, Federation, FederationId, Time, format_time
+from fedcompose.federation import BaseModelEntry, Federation, FederationId
 from fedcompose.files import dump_json, parse_json, sha256_hex
 from fedcompose.keys import Identifier
 from fedcompose.ledger import EMPTY, Head

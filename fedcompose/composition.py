@@ -11,8 +11,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from fedcompose.document import Digest, Title
 from fedcompose.errors import ConfigError, RefusedError
-from fedcompose.federation import Digest, Title
 from fedcompose.files import parse_json
 from fedcompose.keys import Identifier
 from fedcompose.provenance import Label

@@ -25,8 +25,9 @@ from pathlib import Path
 from typing import Literal
 
 from fedcompose.adapter import CONFIG_FILE, MAX_WEIGHTS_BYTES, WEIGHTS_FILE, AdapterConfig, check_adapter
+from fedcompose.document import format_time
 from fedcompose.errors import RefusedError
-from fedcompose.federation import Federation, Site, format_time
+from fedcompose.federation import Federation, Site
 from fedcompose.files import MAX_JSON_BYTES, dir_hash, sha256_hex
 from fedcompose.folder import HashedFile, Limits, check_names, list_files, open_hashed, read_file
 from fedcompose.gates import GATES_FILE, MAX_GATES_BYTES, read_gates

@@ -11,8 +11,9 @@ from typing import Annotated, Literal
 
 from pydantic import Field, ValidationError
 
+from fedcompose.document import Digest, Document, Time, first_problem, format_time
 from fedcompose.errors import RefusedError
-from fedcompose.federation import Digest, Document, Federation, FederationId, Time, first_problem, format_time
+from fedcompose.federation import Federation, FederationId
 from fedcompose.files import dump_json, parse_json
 from fedcompose.keys import Identifier
 from fedcompose.ledger import Head

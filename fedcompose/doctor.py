@@ -26,8 +26,10 @@ from cryptography import x509
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from fedcompose.bases import cache_dir, resolve_base
+from fedcompose.document import format_time
 from fedcompose.errors import FedcomposeError
-from fedcompose.federation import Federation, claimed_federation, format_time, read_federation
+from fedcompose.federation import Federation
+from fedcompose.federation_file import claimed_federation, read_federation
 from fedcompose.files import MAX_JSON_BYTES, read_limited
 from fedcompose.invitation import INVITATION_FILE, MAX_INVITATION_BYTES, read_invitation
 from fedcompose.leftovers import leftovers, processes

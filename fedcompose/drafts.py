@@ -18,21 +18,16 @@ from typing import Any, NamedTuple
 from pydantic import ValidationError
 
 from fedcompose.amendments import add_member, change_roots, root_entry
+from fedcompose.document import first_problem, format_time
 from fedcompose.errors import ConfigError, RefusedError
-from fedcompose.federation import (
+from fedcompose.federation import Coordinator, Federation, Key, Site, holders
+from fedcompose.federation_file import (
     FEDERATION_TYPE,
-    Coordinator,
-    Federation,
-    Key,
     OpenedFile,
-    Site,
     check_current,
     check_holders,
     check_order,
     check_threshold,
-    first_problem,
-    format_time,
-    holders,
     open_federation,
     pin_of,
 )

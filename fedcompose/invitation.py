@@ -13,8 +13,9 @@ from typing import Annotated, Literal
 from cryptography import x509
 from pydantic import AfterValidator, Field, ValidationError
 
+from fedcompose.document import Document, Time, first_problem, format_time
 from fedcompose.errors import RefusedError
-from fedcompose.federation import Document, Federation, FederationId, Time, first_problem, format_time
+from fedcompose.federation import Federation, FederationId
 from fedcompose.files import dump_json, parse_json
 from fedcompose.keys import Identifier
 from fedcompose.signing import Signer, read_envelope_unverified, sign_envelope, verify_envelope

@@ -28,8 +28,8 @@ from typing import Annotated, Any, NoReturn
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from fedcompose.document import Digest, format_time, parse_time
 from fedcompose.errors import RefusedError
-from fedcompose.federation import Digest, format_time, parse_time
 from fedcompose.files import disk_errors, parse_json, sha256_hex, write_atomic
 
 MAX_LINE_BYTES = 64 << 10  # an event that names 512 contributions takes 35 kB

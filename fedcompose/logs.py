@@ -26,7 +26,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, TextIO
 
-from fedcompose.federation import format_time
+from fedcompose.document import format_time
 
 log = logging.getLogger(__name__)
 

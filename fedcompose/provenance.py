@@ -19,8 +19,9 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 from pydantic.alias_generators import to_camel
 
+from fedcompose.document import Digest, Time, Title, format_time
 from fedcompose.errors import RefusedError
-from fedcompose.federation import Digest, FederationId, Time, Title, format_time
+from fedcompose.federation import FederationId
 from fedcompose.keys import Identifier
 from fedcompose.ledger import Head
 from fedcompose.traces import ProvenanceClass

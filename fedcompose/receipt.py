@@ -17,8 +17,9 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from fedcompose.composition import ROUTER_FILE
+from fedcompose.document import Digest, Time, Title
 from fedcompose.errors import RefusedError
-from fedcompose.federation import Digest, FederationId, Time, Title
+from fedcompose.federation import FederationId
 from fedcompose.files import dump_json, parse_json, sha256_hex, write_atomic
 from fedcompose.keys import Identifier, load_signer
 from fedcompose.release import VerifiedRelease

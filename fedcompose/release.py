@@ -53,15 +53,10 @@ from fedcompose.contribution import (
     read_unchanged,
     verify_contribution,
 )
+from fedcompose.document import format_time
 from fedcompose.errors import RefusedError
-from fedcompose.federation import (
-    Coordinator,
-    Federation,
-    Site,
-    format_time,
-    open_federation,
-    verify_federation,
-)
+from fedcompose.federation import Coordinator, Federation, Site
+from fedcompose.federation_file import open_federation, verify_federation
 from fedcompose.files import MAX_JSON_BYTES, dir_hash, parse_json
 from fedcompose.folder import check_names, list_files, read_file
 from fedcompose.provenance import (

@@ -17,20 +17,9 @@ from typing import Annotated, Literal
 
 from pydantic import Field, ValidationError, model_validator
 
+from fedcompose.document import Digest, Document, Time, first_problem, format_time
 from fedcompose.errors import ConfigError, RefusedError
-from fedcompose.federation import (
-    Digest,
-    Document,
-    Federation,
-    FederationId,
-    Member,
-    Revocation,
-    Time,
-    check_not_revoked,
-    first_problem,
-    format_time,
-    worse_of,
-)
+from fedcompose.federation import Federation, FederationId, Member, Revocation, check_not_revoked, worse_of
 from fedcompose.files import dump_json, parse_json
 from fedcompose.signing import Signer, read_envelope_unverified, sign_envelope, verify_envelope
 

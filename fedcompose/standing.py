@@ -10,8 +10,9 @@ from collections.abc import Collection
 from datetime import UTC, datetime
 
 from fedcompose.contribution import VerifiedContribution, check_base, check_claims, check_federation
+from fedcompose.document import format_time
 from fedcompose.errors import RefusedError
-from fedcompose.federation import Federation, format_time
+from fedcompose.federation import Federation
 from fedcompose.provenance import check_use
 from fedcompose.release import (
     ReceivedRelease,

@@ -16,8 +16,9 @@ from typing import Annotated, Any, Final, Literal, NoReturn, TypeVar
 
 from pydantic import Field, ValidationError
 
+from fedcompose.document import Digest, Time, Title
 from fedcompose.errors import RefusedError
-from fedcompose.federation import Digest, FederationId, Time, Title
+from fedcompose.federation import FederationId
 from fedcompose.files import parse_json
 from fedcompose.keys import Identifier
 from fedcompose.ledger import Head

@@ -18,16 +18,13 @@ from typing import Annotated, Literal, TypeVar
 
 from pydantic import Field, ValidationError
 
+from fedcompose.document import Digest, Document, Time, format_time
 from fedcompose.errors import ConfigError, RefusedError
-from fedcompose.federation import (
+from fedcompose.federation import Federation, FederationId
+from fedcompose.federation_file import (
     AcceptedVersion,
-    Digest,
-    Document,
-    Federation,
-    FederationId,
     OpenedFile,
     Pin,
-    Time,
     check_current,
     check_given,
     check_holders,
@@ -35,7 +32,6 @@ from fedcompose.federation import (
     check_roots,
     check_threshold,
     claimed_federation,
-    format_time,
     open_federation,
     pin_of,
 )

@@ -15,7 +15,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 
 from fedcompose.drafts import create_federation, enrol
 from fedcompose.errors import FedcomposeError
-from fedcompose.federation import FEDERATION_TYPE
+from fedcompose.federation_file import FEDERATION_TYPE
 from fedcompose.files import dump_json, sha256_hex
 from fedcompose.keys import ENROLMENT_TYPE, read_enrolment
 from fedcompose.signing import Signer, keyid_of, public_pem_of, sign_envelope

@@ -25,7 +25,8 @@ from fedcompose.bases import Base, base_shapes
 from fedcompose.call import Call
 from fedcompose.contribution import VerifiedContribution
 from fedcompose.drafts import create_federation, enrol
-from fedcompose.federation import Federation, verify_federation
+from fedcompose.federation import Federation
+from fedcompose.federation_file import verify_federation
 from fedcompose.files import dir_hash, folder_digests, write_atomic, write_json
 from fedcompose.keys import FileSigner, load_signer, new_key
 from fedcompose.release import VerifiedRelease

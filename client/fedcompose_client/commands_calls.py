@@ -13,8 +13,8 @@ from fedcompose import logs
 from fedcompose.call import MAX_CALL_BYTES
 from fedcompose.commands.keys import PassphraseFile
 from fedcompose.console import AsJson, next_steps, out, print_json, print_whole
+from fedcompose.document import format_time
 from fedcompose.errors import ConfigError
-from fedcompose.federation import format_time
 from fedcompose.files import read_limited
 from fedcompose.supervision import stop_on_signals
 from fedcompose_client.config import load_config

@@ -12,8 +12,8 @@ from rich.table import Table
 
 from fedcompose.console import AsJson, next_steps, out, print_json, print_whole
 from fedcompose.delivery import MAX_RECEIPT_BYTES, read_receipt
+from fedcompose.document import format_time
 from fedcompose.errors import ConfigError, RefusedError
-from fedcompose.federation import format_time
 from fedcompose.files import MAX_JSON_BYTES, read_limited
 from fedcompose.trust_state import trusted_federation
 from fedcompose_client.config import load_config

@@ -8,8 +8,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
+from fedcompose.document import Digest
 from fedcompose.errors import ConfigError
-from fedcompose.federation import Digest
 from fedcompose.provenance import Required
 from fedcompose.settings import Settings, read_settings
 

@@ -27,8 +27,9 @@ from fedcompose.adapter import WEIGHTS_FILE, read_adapter, write_adapter
 from fedcompose.bases import Base, base_shapes, control_tokens
 from fedcompose.call import COLLECTION_PERIOD, Call, check_answer
 from fedcompose.contribution import ReceivedContribution, VerifiedContribution, verify_contribution
+from fedcompose.document import first_problem, format_time
 from fedcompose.errors import ConfigError, RefusedError
-from fedcompose.federation import Federation, Site, first_problem, format_time
+from fedcompose.federation import Federation, Site
 from fedcompose.files import folder_digests, new_folder, read_json, read_limited, sha256_file, write_atomic, write_json
 from fedcompose.gates import GATES_FILE, MAX_GATES_BYTES, read_gates, write_gates
 from fedcompose.provenance import (

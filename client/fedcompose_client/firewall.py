@@ -25,8 +25,8 @@ from typing import Annotated, Literal
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from fedcompose.document import Digest
 from fedcompose.errors import ConfigError, RefusedError
-from fedcompose.federation import Digest
 from fedcompose.files import read_json, read_limited, sha256_hex, write_atomic, write_json
 from fedcompose.rederive import rederive
 from fedcompose.tasks import Example, generator_task, get_task, training

@@ -224,11 +224,19 @@ def _stage_lines(path: Path) -> list[dict[str, Any]]:
             skipped = max(0, os.fstat(stream.fileno()).st_size - PROGRESS_TAIL_BYTES)
             stream.seek(skipped)
             tail = stream.read(PROGRESS_TAIL_BYTES).split(b"\n")
-        lines = [json.loads(line) for line in tail[1 if skipped else 0 : -1]]  # no cut or half written line
-    except (OSError, ValueError):
+    except OSError:
         return []
-    lines = [line for line in lines if isinstance(line, dict)]
+    lines = [line for text in tail[1 if skipped else 0 : -1] if (line := _line(text))]  # no cut or half written line
     return [line for line in lines if line.get("stage") == lines[-1].get("stage")]
+
+
+def _line(text: bytes) -> dict[str, Any]:
+    """One line; an empty one for what a full disk or a power cut left of it."""
+    try:
+        line = json.loads(text)
+    except ValueError:
+        return {}
+    return line if isinstance(line, dict) else {}
 
 
 def _eta_s(lines: Sequence[Mapping[str, Any]]) -> int:

@@ -36,8 +36,9 @@ from cryptography.x509.oid import NameOID
 from pydantic import Field, ValidationError
 
 from fedcompose import logs
+from fedcompose.document import Document
 from fedcompose.errors import ConfigError, RefusedError
-from fedcompose.federation import Document, Federation
+from fedcompose.federation import Federation
 from fedcompose.files import read_json, write_atomic, write_json
 from fedcompose.invitation import Invitation
 from fedcompose.keys import read_node_key

@@ -16,8 +16,9 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from fedcompose.document import Digest, Time
 from fedcompose.errors import ConfigError, RefusedError
-from fedcompose.federation import Digest, FederationId, Time
+from fedcompose.federation import FederationId
 from fedcompose.files import MAX_JSON_BYTES, dump_json, parse_json, read_limited, sha256_hex, write_atomic
 from fedcompose.keys import Identifier
 from fedcompose.signing import Signer, keyid_of, load_public_key, sign_envelope, verify_envelope

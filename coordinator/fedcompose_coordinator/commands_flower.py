@@ -19,8 +19,9 @@ from fedcompose.call import MAX_CALL_BYTES, make_call, read_own_call
 from fedcompose.commands.keys import PassphraseFile
 from fedcompose.console import AsJson, next_steps, out, print_json
 from fedcompose.contribution import KINDS, Kind
+from fedcompose.document import format_time
 from fedcompose.errors import ConfigError
-from fedcompose.federation import Federation, format_time
+from fedcompose.federation import Federation
 from fedcompose.files import MAX_JSON_BYTES, read_limited, write_atomic
 from fedcompose.keys import load_signer
 from fedcompose.trust_state import trusted_federation

@@ -11,8 +11,8 @@ from rich.table import Table
 
 from fedcompose import ledger
 from fedcompose.console import AsJson, out, print_json, print_whole
+from fedcompose.document import format_time
 from fedcompose.errors import ConfigError
-from fedcompose.federation import format_time
 from fedcompose.files import MAX_JSON_BYTES, read_limited
 from fedcompose.ledger import Entry, Head
 from fedcompose.provenance import PROVENANCE_FILE

@@ -30,8 +30,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from fedcompose import ledger
 from fedcompose.call import MAX_CALL_BYTES, Call, read_own_call
 from fedcompose.contribution import Kind
+from fedcompose.document import Digest, Time, format_time
 from fedcompose.errors import ConfigError, RefusedError
-from fedcompose.federation import Digest, Time, format_time
 from fedcompose.files import read_json, read_limited, write_json
 from fedcompose.keys import Identifier
 from fedcompose.ledger import EMPTY, Entry, Head

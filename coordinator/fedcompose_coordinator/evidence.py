@@ -14,8 +14,9 @@ from typing import Any
 from fedcompose import ledger
 from fedcompose.contribution import VerifiedContribution
 from fedcompose.delivery import Receipt
+from fedcompose.document import format_time
 from fedcompose.errors import FedcomposeError
-from fedcompose.federation import Federation, format_time
+from fedcompose.federation import Federation
 from fedcompose.files import read_json
 from fedcompose.gates import GATES_FILE
 from fedcompose.release import VerifiedRelease

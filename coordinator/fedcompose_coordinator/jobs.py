@@ -21,8 +21,8 @@ from typing import Any
 
 from fedcompose import ledger
 from fedcompose.call import COLLECTION_PERIOD, MAX_CALL_BYTES, Call, CalledSite, read_own_call
+from fedcompose.document import format_time
 from fedcompose.errors import FedcomposeError
-from fedcompose.federation import format_time
 from fedcompose.files import dump_json, read_json, read_limited, write_atomic
 
 CALLED = "called"  # before the site has answered

@@ -24,8 +24,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from fedcompose.adapter import StoredTensor, canonical_safetensors, parse_safetensors
 from fedcompose.composition import COMPOSITION_FILE, MAX_ROUTER_BYTES, ROUTER_FILE
 from fedcompose.contribution import VerifiedContribution
+from fedcompose.document import Time
 from fedcompose.errors import ConfigError, RefusedError
-from fedcompose.federation import Time
 from fedcompose.files import new_folder, read_json, read_limited, write_atomic, write_json
 from fedcompose.keys import Identifier
 from fedcompose.release import EVALUATION_FILE

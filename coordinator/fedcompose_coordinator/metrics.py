@@ -16,8 +16,9 @@ from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.registry import Collector
 
 from fedcompose import ledger
+from fedcompose.document import parse_time
 from fedcompose.errors import FedcomposeError
-from fedcompose.federation import claimed_federation, parse_time
+from fedcompose.federation_file import claimed_federation
 from fedcompose.files import MAX_JSON_BYTES, read_limited
 from fedcompose.trust_state import accepted_federation
 from fedcompose_coordinator.config import load_config

@@ -25,8 +25,10 @@ from fedcompose.composition import (
     parse_composition,
 )
 from fedcompose.contribution import OPTIONAL, REQUIRED, VerifiedContribution
+from fedcompose.document import format_time
 from fedcompose.errors import ConfigError, RefusedError
-from fedcompose.federation import Federation, format_time, read_federation
+from fedcompose.federation import Federation
+from fedcompose.federation_file import read_federation
 from fedcompose.files import (
     MAX_JSON_BYTES,
     dir_hash,

@@ -21,7 +21,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fedcompose.federation import format_time
+from fedcompose.document import format_time
 from fedcompose.files import read_json, write_atomic, write_json
 from fedcompose.intervals import Interval, mean_interval, unpaired_difference
 from fedcompose_coordinator.headline import headline, plain

@@ -7,7 +7,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from fedcompose.federation import parse_time
+from fedcompose.document import parse_time
 from fedcompose_coordinator.jobs import ENDED, Job, call_paths, jobs_of
 
 AT_AN_END = ENDED | {"rejected", "refused"}  # nothing will come of itself any more

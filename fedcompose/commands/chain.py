@@ -12,7 +12,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from fedcompose.contribution import VerifiedContribution
-from fedcompose.federation import Key, OpenedFile, format_time, open_federation
+from fedcompose.document import format_time
+from fedcompose.federation import Key
+from fedcompose.federation_file import OpenedFile, open_federation
 from fedcompose.release import FEDERATION_FILE, VerifiedRelease
 from fedcompose.standing import newest_known
 from fedcompose.trust_state import pinned

@@ -45,7 +45,8 @@ from fedcompose.commands.keys import PassphraseFile
 from fedcompose.console import AsJson, next_steps, out, print_json
 from fedcompose.drafts import Change, amend, create_federation, differences, missing_signatures
 from fedcompose.errors import ConfigError
-from fedcompose.federation import Federation, Revocation, check_order, open_federation, pin_of
+from fedcompose.federation import Federation, Revocation
+from fedcompose.federation_file import check_order, open_federation, pin_of
 from fedcompose.files import MAX_JSON_BYTES, read_limited, sha256_file, write_atomic
 from fedcompose.keys import Enrolment, load_signer, read_enrolment
 from fedcompose.trust_state import accepted_file

@@ -12,8 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from fedcompose.console import next_steps, out
+from fedcompose.document import format_time
 from fedcompose.drafts import Difference, differences
-from fedcompose.federation import Federation, Key, OpenedFile, format_time
+from fedcompose.federation import Federation, Key
+from fedcompose.federation_file import OpenedFile
 from fedcompose.files import sha256_file
 from fedcompose.revocations import Revocations
 

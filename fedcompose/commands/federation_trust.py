@@ -22,17 +22,11 @@ from fedcompose.commands.federation_show import (
 )
 from fedcompose.commands.keys import PassphraseFile
 from fedcompose.console import AsJson, next_steps, out, print_json
+from fedcompose.document import format_time, parse_time
 from fedcompose.drafts import check_draft, differences, missing_signatures, root_ids, sign_draft
 from fedcompose.errors import ConfigError, FedcomposeError, RefusedError
-from fedcompose.federation import (
-    Federation,
-    OpenedFile,
-    Revocation,
-    claimed_federation,
-    format_time,
-    open_federation,
-    parse_time,
-)
+from fedcompose.federation import Federation, Revocation
+from fedcompose.federation_file import OpenedFile, claimed_federation, open_federation
 from fedcompose.files import MAX_JSON_BYTES, dir_hash, read_limited, write_atomic
 from fedcompose.folder import read_file
 from fedcompose.keys import load_signer

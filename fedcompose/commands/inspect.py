@@ -12,8 +12,8 @@ from fedcompose.bases import ALIASES, describe_base, resolve_base
 from fedcompose.composition import COMPOSITION_FILE, parse_composition
 from fedcompose.console import out
 from fedcompose.contribution import VerifiedContribution, kind_of
+from fedcompose.document import format_time
 from fedcompose.errors import FedcomposeError
-from fedcompose.federation import format_time
 from fedcompose.files import MAX_JSON_BYTES
 from fedcompose.folder import list_files, read_file
 from fedcompose.provenance import (

@@ -28,8 +28,8 @@ from fedcompose.contribution import (
     verify_contribution,
 )
 from fedcompose.errors import ConfigError, MissingError, RefusedError
-from fedcompose.federation import (
-    Federation,
+from fedcompose.federation import Federation
+from fedcompose.federation_file import (
     OpenedFile,
     check_current,
     check_given,

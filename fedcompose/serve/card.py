@@ -11,8 +11,8 @@ from datetime import datetime
 from typing import Any
 
 from fedcompose.contribution import VerifiedContribution
+from fedcompose.document import format_time
 from fedcompose.errors import ConfigError
-from fedcompose.federation import format_time
 from fedcompose.release import VerifiedRelease
 from fedcompose.standing import cautions, newest_known
 from fedcompose.tasks import generator_names, generator_task, get_task, held_out

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from fedcompose.call import CALL_TYPE, make_call, verify_call
-from fedcompose.federation import FEDERATION_TYPE
+from fedcompose.federation_file import FEDERATION_TYPE
 from fedcompose.files import dump_json
 from fedcompose.keys import load_signer, new_key
 from fedcompose.signing import SIGNATURE_FILE, Signer, sign_envelope

@@ -16,7 +16,7 @@ from cryptography.hazmat.primitives.asymmetric import ec, ed25519
 
 from fedcompose.call import CALL_TYPE
 from fedcompose.drafts import amend, create_federation, enrol, sign_draft
-from fedcompose.federation import FEDERATION_TYPE, open_federation
+from fedcompose.federation_file import FEDERATION_TYPE, open_federation
 from fedcompose.files import sha256_hex
 from fedcompose.keys import read_enrolment
 from fedcompose.revocations import (

@@ -10,8 +10,8 @@ from unittest.mock import patch
 
 from fedcompose.adapter import BASE_NAME, canonical_config, read_adapter
 from fedcompose.bases import base_shapes
+from fedcompose.document import format_time
 from fedcompose.drafts import amend
-from fedcompose.federation import format_time
 from fedcompose_coordinator import intake
 from tests.attacks.attack import Contribution
 from tests.attacks.signatures import twin_signature

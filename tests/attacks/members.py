@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from fedcompose import ledger
+from fedcompose.document import format_time
 from fedcompose.drafts import amend
-from fedcompose.federation import format_time
 from fedcompose.revocations import RevokedKey, next_revocations, no_revocations
 from fedcompose.trust_state import accept_revocations, trusted_federation
 from tests.attacks.attack import Cases, Contribution, Mutation

@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from fedcompose.adapter import canonical_safetensors
+from fedcompose.document import format_time
 from fedcompose.drafts import create_federation
-from fedcompose.federation import Federation, format_time
+from fedcompose.federation import Federation
 from fedcompose.files import dir_hash, folder_digests
 from fedcompose.revocations import RevokedKey, WithdrawnRelease, next_revocations, no_revocations
 from fedcompose.signing import SignedFiles, verify_files

@@ -13,7 +13,7 @@ import pytest
 
 from fedcompose.contribution import ReceivedContribution, verify_contribution
 from fedcompose.errors import RefusedError
-from fedcompose.federation import verify_federation
+from fedcompose.federation_file import verify_federation
 from fedcompose.release import ReceivedRelease, verify_release
 from tests.attacks.attack import copied
 from tests.attacks.every_byte import changes, small_federation

@@ -28,9 +28,10 @@ from hypothesis.stateful import (
 )
 
 from fedcompose.amendments import add_member, replace_key, set_status
+from fedcompose.document import format_time
 from fedcompose.drafts import amend
 from fedcompose.errors import RefusedError
-from fedcompose.federation import Federation, format_time
+from fedcompose.federation import Federation
 from fedcompose.files import dir_hash, folder_digests
 from fedcompose.keys import load_signer, new_key, read_enrolment
 from fedcompose.revocations import RevokedKey, next_revocations

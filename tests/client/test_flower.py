@@ -366,6 +366,11 @@ def test_an_unreadable_progress_file_is_no_progress(tmp_path: Path, text: str) -
     assert training(tmp_path) == Status("training")
 
 
+def test_a_line_that_a_full_disk_cut_short_does_not_hide_the_others(tmp_path: Path) -> None:
+    progress(tmp_path, line("rlvr", 2, 50), line("rlvr", 3, 55)[:20] + line("rlvr", 3, 55), line("rlvr", 4, 60), "")
+    assert training(tmp_path) == Status("training", step=4, steps=20, eta_s=80)
+
+
 @pytest.mark.parametrize("value", ['"x"', "NaN", "-3", "1e99", "null", "[]"])
 def test_a_strange_number_in_a_progress_file_is_unknown(tmp_path: Path, value: str) -> None:
     progress(tmp_path, f'{{"stage": "rlvr", "step": {value}, "steps": 5, "time": {value}}}', "")

@@ -16,8 +16,9 @@ from fedcompose import ledger
 from fedcompose.bases import Base
 from fedcompose.call import CALL_TYPE, COLLECTION_PERIOD, Call, WantedLora, make_call, parse_call, read_own_call
 from fedcompose.contribution import Kind, ReceivedContribution, VerifiedContribution
+from fedcompose.document import format_time
 from fedcompose.errors import ConfigError, MissingError, RefusedError
-from fedcompose.federation import Federation, format_time
+from fedcompose.federation import Federation
 from fedcompose.files import dump_json, folder_digests, write_atomic
 from fedcompose.revocations import RevokedKey, no_revocations, with_revocations
 from fedcompose.signing import sign_envelope, sign_files

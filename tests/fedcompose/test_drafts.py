@@ -23,22 +23,10 @@ from fedcompose.amendments import (
     set_policy,
     set_status,
 )
+from fedcompose.document import format_time, parse_time
 from fedcompose.drafts import Change, amend, differences, enrol, missing_signatures, sign_draft
-from fedcompose.federation import (
-    BaseModelEntry,
-    Coordinator,
-    Federation,
-    OpenedFile,
-    Policy,
-    Revocation,
-    Root,
-    Site,
-    format_time,
-    open_federation,
-    parse_time,
-    read_federation,
-    verify_federation,
-)
+from fedcompose.federation import BaseModelEntry, Coordinator, Federation, Policy, Revocation, Root, Site
+from fedcompose.federation_file import OpenedFile, open_federation, read_federation, verify_federation
 from fedcompose.keys import ENROLMENT_TYPE, read_enrolment
 from fedcompose.signing import sign_envelope
 from tests.federation_files import (

@@ -8,13 +8,9 @@ from typing import Any
 
 import pytest
 
-from fedcompose.federation import (
-    Federation,
-    format_time,
-    parse_time,
-    read_federation,
-    verify_federation,
-)
+from fedcompose.document import format_time, parse_time
+from fedcompose.federation import Federation
+from fedcompose.federation_file import read_federation, verify_federation
 from fedcompose.revocations import RevokedKey, no_revocations, with_revocations
 from fedcompose.signing import keyid_of
 from tests.federation_files import (

@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 from fedcompose.cli import app, main
 from fedcompose.drafts import amend
 from fedcompose.errors import FedcomposeError
-from fedcompose.federation import read_federation
+from fedcompose.federation_file import read_federation
 from fedcompose.files import dir_hash, folder_digests
 from fedcompose.keys import NewKey, load_signer, new_key
 from fedcompose.signing import SIGNATURE_FILE, keyid_of, sign_files

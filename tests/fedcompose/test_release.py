@@ -14,9 +14,10 @@ from fedcompose import release
 from fedcompose.amendments import change_roots, revoke_keys, set_status
 from fedcompose.cli import main
 from fedcompose.contribution import CLOCK_SKEW
+from fedcompose.document import format_time
 from fedcompose.drafts import amend, sign_draft
 from fedcompose.errors import RefusedError
-from fedcompose.federation import Revocation, format_time
+from fedcompose.federation import Revocation
 from fedcompose.files import folder_digests, sha256_hex, write_json
 from fedcompose.keys import load_signer, new_key, read_enrolment
 from fedcompose.release import ReceivedRelease, VerifiedRelease, verify_release

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from fedcompose.federation import read_federation
+from fedcompose.federation_file import read_federation
 from fedcompose.revocations import (
     REVOCATIONS_TYPE,
     Revocations,

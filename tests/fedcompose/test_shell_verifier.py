@@ -16,9 +16,11 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric import ec
 
 from fedcompose.amendments import revoke_keys
+from fedcompose.document import format_time
 from fedcompose.drafts import amend
 from fedcompose.errors import RefusedError
-from fedcompose.federation import FEDERATION_TYPE, Revocation, format_time
+from fedcompose.federation import Revocation
+from fedcompose.federation_file import FEDERATION_TYPE
 from fedcompose.files import dump_json, folder_digests, write_json
 from fedcompose.keys import FileSigner, _signer
 from fedcompose.release import ReceivedRelease, verify_release

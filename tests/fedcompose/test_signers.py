@@ -17,7 +17,7 @@ from fedcompose import signers
 from fedcompose.cli import app
 from fedcompose.drafts import create_federation
 from fedcompose.errors import MissingError
-from fedcompose.federation import read_federation
+from fedcompose.federation_file import read_federation
 from fedcompose.keys import NewKey, load_signer, new_key
 from fedcompose.signers import OutsideSigner
 from fedcompose.signing import check_signature

@@ -11,7 +11,8 @@ import pytest
 
 from fedcompose.amendments import change_roots, replace_key
 from fedcompose.drafts import amend, create_federation, enrol, sign_draft
-from fedcompose.federation import Federation, open_federation
+from fedcompose.federation import Federation
+from fedcompose.federation_file import open_federation
 from fedcompose.keys import read_enrolment
 from fedcompose.revocations import RevokedKey, WithdrawnRelease, next_revocations, no_revocations, parse_revocations
 from fedcompose.trust_state import (

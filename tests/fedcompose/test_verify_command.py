@@ -17,9 +17,11 @@ import pytest
 import fedcompose
 from fedcompose.amendments import revoke_keys, set_status
 from fedcompose.cli import main
+from fedcompose.document import format_time
 from fedcompose.drafts import amend
 from fedcompose.explanations import EXPLANATIONS
-from fedcompose.federation import FEDERATION_TYPE, Revocation, format_time
+from fedcompose.federation import Revocation
+from fedcompose.federation_file import FEDERATION_TYPE
 from fedcompose.files import folder_digests, sha256_hex, write_json
 from fedcompose.revocations import RevokedKey, next_revocations, no_revocations
 from fedcompose.signing import sign_envelope, sign_files

@@ -36,7 +36,7 @@ from fedcompose.composition import parse_composition
 from fedcompose.delivery import DELIVERY_TYPE, make_receipt, read_receipt
 from fedcompose.drafts import create_federation, enrol
 from fedcompose.errors import FedcomposeError
-from fedcompose.federation import FEDERATION_TYPE, verify_federation
+from fedcompose.federation_file import FEDERATION_TYPE, verify_federation
 from fedcompose.files import dump_json, parse_json
 from fedcompose.gates import read_gates, write_gates
 from fedcompose.invitation import INVITATION_TYPE, make_invitation, read_invitation
