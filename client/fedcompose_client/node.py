@@ -144,6 +144,7 @@ def flower_supernode() -> ModuleType:
     connection.make_simple_http_retry_invoker = _patient(connection.make_simple_http_retry_invoker)
     state: Any = importlib.import_module("flwr.supernode.nodestate.in_memory_nodestate").InMemoryNodeState
     state.get_messages_legacy = _prompt(state.get_messages_legacy)
+    state._on_task_tokens_expired = _forgetting(state._on_task_tokens_expired)
     return importlib.import_module("flwr.supernode.cli.flower_supernode")
 
 
@@ -169,26 +170,49 @@ def is_cut(error: Exception) -> bool:
 
 
 def _prompt(look: Callable[..., Any]) -> Callable[..., Any]:
-    """Flower looks for a reply twice a second, and again for its bytes; we see at once when there is a whole one."""
+    """Flower looks for a reply twice a second, and waits for ever for the bytes of one that was begun.
+
+    We see at once when there is a whole one, and take no other.
+    """
 
     def get_messages(state: Any, **filters: Any) -> Any:
         give_up = time.monotonic() + REPLY_PATIENCE_S
-        while filters.get("is_reply") and not _has_whole_reply(state) and time.monotonic() < give_up:
+        while filters.get("is_reply") and not _has_whole_reply(state):
+            if time.monotonic() > give_up:
+                return look(state, is_reply=True, run_ids=())  # takes nothing; but sees to tasks of a dead executor
             time.sleep(REPLY_EVERY_S)
         return look(state, **filters)
 
     return get_messages
 
 
+def _forgetting(report: Callable[..., None]) -> Callable[..., None]:
+    """When an executor died: forget the reply that it had begun, so that Flower reports that there will be none."""
+
+    def on_task_tokens_expired(state: Any, tasks: Any) -> None:
+        for reply, is_whole in _replies(state):
+            if not is_whole:
+                state.delete_messages(message_ids=[reply])
+                state.object_store.delete(reply)
+        report(state, tasks)
+
+    return on_task_tokens_expired
+
+
 def _has_whole_reply(state: Any) -> bool:
-    """Whether the SuperNode has an answer of the executor, or an error of its own, with every object of it."""
+    return any(is_whole for _, is_whole in _replies(state))
+
+
+def _replies(state: Any) -> list[tuple[str, bool]]:
+    """The replies of the executor, or errors of the SuperNode's own, and whether every object of each is there."""
     inflatable: Any = importlib.import_module("flwr.supercore.inflatable.inflatable_object")
     with state.lock_msg_store:
-        replies = [id_ for id_, entry in state.msg_store.items() if entry.message.metadata.reply_to_message_id]
-        trees = [state.object_store.get_object_tree(id_) for id_ in replies]
-    return any(
-        all(state.object_store.get(each.object_id) for each in inflatable.iterate_object_tree(tree)) for tree in trees
-    )
+        ids = [id_ for id_, entry in state.msg_store.items() if entry.message.metadata.reply_to_message_id]
+        trees = [state.object_store.get_object_tree(id_) for id_ in ids]
+    return [
+        (id_, all(state.object_store.get(each.object_id) for each in inflatable.iterate_object_tree(tree)))
+        for id_, tree in zip(ids, trees, strict=True)
+    ]
 
 
 def _no_settings(bundle: object, run: object) -> dict[str, str]:

@@ -6,7 +6,7 @@ import importlib
 import inspect
 import stat
 import threading
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from fedcompose.keys import new_key, read_node_key
 from fedcompose.signing import read_envelope_unverified, sign_envelope
 from fedcompose.wire import ConfigRecord, Message, RecordDict, Run, TaskIdentity, request
 from fedcompose_client import node
+from fedcompose_client.executor import TaskType
 from fedcompose_client.join import accept_invitation
 from fedcompose_client.node import arguments, flower_supernode, read_node_settings
 from fedcompose_coordinator.tls import make_certificates
@@ -43,7 +44,10 @@ def invitation(sim: FlowerSim, tmp_path: Path) -> Path:
 def flowers_state(monkeypatch: pytest.MonkeyPatch) -> Any:
     """Where a SuperNode keeps its messages; what `flower_supernode` changes in it is undone after each test."""
     states = importlib.import_module("flwr.supernode.nodestate.in_memory_nodestate").InMemoryNodeState
-    monkeypatch.setattr(states, "get_messages_legacy", states.get_messages_legacy)
+    for name in ("get_messages_legacy", "_on_task_tokens_expired"):
+        monkeypatch.setattr(states, name, getattr(states, name))
+    for name in ("_run_id", "_node_id", "_task_id"):
+        monkeypatch.setattr(TaskIdentity, name, 1)
     return states
 
 
@@ -140,11 +144,17 @@ def test_flowers_command_takes_our_arguments(sim: FlowerSim, invitation: Path) -
     assert not given.runtime_dependency_install
 
 
-def stored_reply(state: Any, late_s: float) -> Message:
-    """A reply of an executor whose bytes come some time after the message itself."""
+def new_state(states: Any) -> Any:
+    store = importlib.import_module("flwr.supercore.object_store.in_memory_object_store").InMemoryObjectStore
+    return states(store())
+
+
+def stored_reply(state: Any, late_s: float | None) -> Message:
+    """A reply of an executor whose bytes come some time after the message itself, or never."""
     inflatable = importlib.import_module("flwr.supercore.inflatable.inflatable_object")
     asked = Message(request(), 1, "query.fetch")
     asked.metadata.__dict__["_message_id"] = "0" * 64
+    state.store_message(asked)
     reply = Message(RecordDict({"answer": ConfigRecord({"code": "ACCEPTED"})}), reply_to=asked)
     reply.metadata.__dict__["_message_id"] = reply.object_id
     state.store_message(reply)
@@ -155,33 +165,50 @@ def stored_reply(state: Any, late_s: float) -> Message:
         for id_ in missing:
             state.object_store.put(id_, contents[id_])
 
-    threading.Timer(late_s, bring).start()
+    if late_s is not None:
+        threading.Timer(late_s, bring).start()
     return reply
 
 
 @pytest.mark.parametrize("flowers_own", [False, True])
-def test_the_supernode_waits_for_a_whole_reply(
-    flowers_own: bool, flowers_state: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_supernode_waits_for_a_whole_reply(flowers_own: bool, flowers_state: Any) -> None:
     """Flower's own, the negative control, takes up a reply without its bytes, and then sleeps for half a second."""
-    store = importlib.import_module("flwr.supercore.object_store.in_memory_object_store").InMemoryObjectStore
-    for name in ("_run_id", "_node_id", "_task_id"):
-        monkeypatch.setattr(TaskIdentity, name, 1)
     if not flowers_own:
         flower_supernode()
-    state = flowers_state(store())
+    state = new_state(flowers_state)
     reply = stored_reply(state, late_s=0.2)
     (found,) = state.get_messages_legacy(is_reply=True)
     assert found is reply
     assert (state.object_store.get(reply.object_id) == b"") == flowers_own
 
 
+@pytest.mark.parametrize("flowers_own", [False, True])
+def test_a_reply_that_a_dead_executor_had_begun_becomes_an_error(
+    flowers_own: bool, flowers_state: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Flower's own, the negative control, would wait for the missing bytes for ever, and take no other message."""
+    monkeypatch.setattr(node, "REPLY_PATIENCE_S", 0.05)
+    if not flowers_own:
+        flower_supernode()
+    state = new_state(flowers_state)
+    task = state.create_task(TaskType.CLIENT_APP, 1, "")
+    state.claim_task(task)
+    state.activate_task(task)
+    reply = stored_reply(state, late_s=None)
+    assert len(state.get_messages_legacy(is_reply=False)) == 1
+    assert flowers_own or not state.get_messages_legacy(is_reply=True), "it may still come: the executor is alive"
+    state.task_token_store[task].active_until = datetime.now(UTC) - timedelta(seconds=1)
+    found = [] if flowers_own else state.get_messages_legacy(is_reply=True)  # sees that the executor is dead
+    (found,) = found or state.get_messages_legacy(is_reply=True)
+    assert found.has_error() != flowers_own
+    assert (found is reply) == flowers_own
+
+
 def test_the_supernode_does_not_wait_for_ever_for_a_reply(flowers_state: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Flower looks in between for executors that have died."""
-    store = importlib.import_module("flwr.supercore.object_store.in_memory_object_store").InMemoryObjectStore
     monkeypatch.setattr(node, "REPLY_PATIENCE_S", 0.05)
     flower_supernode()
-    assert list(flowers_state(store()).get_messages_legacy(is_reply=True)) == []
+    assert list(new_state(flowers_state).get_messages_legacy(is_reply=True)) == []
 
 
 def test_what_the_executor_uses_of_flower_is_still_there() -> None:
