@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 
-from fedcompose.adapter import CONFIG_FILE, WEIGHTS_FILE, StoredTensor, canonical_safetensors, tensor_name
+from fedcompose.adapter import CONFIG_FILE, WEIGHTS_FILE, tensor_name
 from fedcompose.contribution import ReceivedContribution, verify_contribution
 from fedcompose.drafts import create_federation, enrol
 from fedcompose.federation_file import verify_federation
@@ -40,6 +40,7 @@ from fedcompose.release import ReceivedRelease, verify_release
 from fedcompose.routing import RouterConfig
 from fedcompose.signing import SIGNATURE_FILE, Signer, keyid_of, sign_files, verify_files
 from fedcompose.statement import build_provenance, build_release_provenance
+from fedcompose.tensors import StoredTensor, canonical_safetensors
 
 NOW = datetime(2026, 11, 20, 9, tzinfo=UTC)
 FEDERATION = "urn:uuid:6b0c0000-0000-4000-8000-000000000006"

@@ -5,41 +5,42 @@ base weights. So nothing a site wrote is ever handed to PEFT: the configuration 
 values below, every other key must say "off", and the tensors must be exactly those that this configuration
 implies, on modules of the base. What passes is written again from those values.
 
-No tensor library is needed: tensors stay bytes with a type and a shape, and numpy looks at their values. Checking
-reads the weights once, in pieces, so that it takes the same memory for a file of any size.
+Checking reads the weights once, in pieces, so that it takes the same memory for a file of any size.
 """
 
 from __future__ import annotations
 
 import io
-import json
 import math
 import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple, NoReturn, Protocol, TypeVar
+from typing import Annotated, Any, TypeVar
 
-import numpy as np
-from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from fedcompose.errors import RefusedError
-from fedcompose.files import MAX_JSON_BYTES, READ_CHUNK_BYTES, dump_json, parse_json, read_limited, write_atomic
+from fedcompose.files import MAX_JSON_BYTES, dump_json, parse_json, read_limited, write_atomic
+from fedcompose.tensors import (
+    MAX_NAME_CHARS,
+    Readable,
+    StoredTensor,
+    canonical_safetensors,
+    parse_safetensors,
+    read_header,
+    read_norm,
+)
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 
 MAX_WEIGHTS_BYTES = 2 << 30  # a rank-64 adapter on every projection of a 70B base stays below
-MAX_HEADER_BYTES = 1 << 20
-MAX_TENSORS = 4096
 MAX_RANK = 512
 MAX_SCALE = 64.0  # alpha/r; practice is 0.5 to 4
 MAX_TARGETS = 1024
 MAX_PATTERNS = 2048
-MAX_NAME_CHARS = 256
 MAX_UPDATE_RMS = 1.0  # bound on the root mean square of an entry of scale·B·A; a trained expert is below 0.01
-ITEM_BYTES = {"F32": 4, "F16": 2, "BF16": 2}
 # Two-dimensional weights that are no linear layers; PEFT would adapt them in another way.
 EMBEDDINGS = frozenset({"embed_tokens", "embed_positions", "word_embeddings", "wte", "wpe", "embed_in"})
 MODULE_NAME = re.compile(r"[A-Za-z0-9_]+(\.[A-Za-z0-9_]+)*")
@@ -118,19 +119,6 @@ class AdapterConfig(BaseModel):
 
 
 @dataclass(frozen=True)
-class StoredTensor:
-    """One tensor as it lies in the file: `dtype` is F32, F16 or BF16, `data` its little-endian bytes."""
-
-    dtype: str
-    shape: tuple[int, ...]
-    data: memoryview
-
-    def float32(self) -> NDArray[np.float32]:
-        """The values."""
-        return _float32(self.dtype, self.data).reshape(self.shape)
-
-
-@dataclass(frozen=True)
 class Adapter:
     """A checked LoRA: its tensors are exactly an A and a B for every module that it targets."""
 
@@ -177,12 +165,6 @@ def parse_adapter(config: bytes, weights: bytes, base_shapes: Mapping[str, tuple
     return Adapter(parsed, parse_safetensors(weights))
 
 
-class Readable(Protocol):
-    """What the weights are read from: `read` gives as many bytes as asked for, unless they end before."""
-
-    def read(self, size: int, /) -> bytes: ...
-
-
 def check_adapter(
     config: bytes, weights: Readable, weights_bytes: int, base_shapes: Mapping[str, tuple[int, int]] | None
 ) -> AdapterConfig:
@@ -196,11 +178,11 @@ def check_adapter(
         `ADAPTER_NOT_FINITE`, `ADAPTER_TOO_STRONG`.
     """
     parsed = parse_config(config)
-    layouts = _read_header(weights, weights_bytes)
+    layouts = read_header(weights, weights_bytes)
     shapes = {layout.name: layout.shape for layout in layouts}
     _check_names(parsed, shapes, base_shapes)
     _check_shapes(parsed, shapes, base_shapes)
-    norms = {layout.name: _read_norm(weights, layout) for layout in layouts}
+    norms = {layout.name: read_norm(weights, layout) for layout in layouts}
     _check_strength(parsed, shapes, norms)
     return parsed
 
@@ -222,17 +204,6 @@ def parse_config(data: bytes) -> AdapterConfig:
                 fix="train a LoRA without this option",
             )
     return _validated(values)
-
-
-def parse_safetensors(data: bytes) -> dict[str, StoredTensor]:
-    """The tensors of a safetensors file held in memory, by a reader stricter than the library's.
-
-    Raises: RefusedError: `SAFETENSORS_INVALID`, before any size in the header is trusted.
-    """
-    stream = io.BytesIO(data)
-    layouts = _read_header(stream, len(data))
-    body = memoryview(data)[stream.tell() :]
-    return {each.name: StoredTensor(each.dtype, each.shape, body[each.begin : each.end]) for each in layouts}
 
 
 def write_adapter(folder: Path, adapter: Adapter) -> None:
@@ -266,22 +237,6 @@ def canonical_config(adapter: Adapter) -> bytes:
             "use_rslora": config.use_rslora,
         }
     )
-
-
-def canonical_safetensors(tensors: Mapping[str, StoredTensor]) -> bytes:
-    """A safetensors file with metadata `{"format": "pt"}`; wide types first for alignment, then by name."""
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    position = 0
-    parts: list[memoryview] = []
-    for name in sorted(tensors, key=lambda name: (-ITEM_BYTES[tensors[name].dtype], name)):
-        tensor = tensors[name]
-        end = position + len(tensor.data)
-        header[name] = {"dtype": tensor.dtype, "shape": list(tensor.shape), "data_offsets": [position, end]}
-        parts.append(tensor.data)
-        position = end
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    return b"".join([len(text).to_bytes(8, "little"), text, *parts])
 
 
 def _names(pattern: str, module: str) -> bool:
@@ -320,65 +275,6 @@ def _validated(values: dict[str, Any]) -> AdapterConfig:
     if max(alphas) / min(ranks) > MAX_SCALE:
         raise RefusedError("ADAPTER_INVALID", "alpha is too large for the rank", expected=f"alpha/r <= {MAX_SCALE:g}")
     return config
-
-
-def _invalid(reason: str) -> NoReturn:
-    raise RefusedError("SAFETENSORS_INVALID", f"{WEIGHTS_FILE} is not acceptable", got=reason)
-
-
-class _Layout(NamedTuple):
-    """Where one tensor lies in the file's data."""
-
-    name: str
-    begin: int
-    end: int
-    dtype: str
-    shape: tuple[int, ...]
-
-
-def _read_header(stream: Readable, file_bytes: int) -> list[_Layout]:
-    """The layout of a safetensors file of this size, in the order of the data, which begins where reading stopped."""
-    length = stream.read(8)
-    header_bytes = int.from_bytes(length, "little")
-    if len(length) < 8 or header_bytes > min(MAX_HEADER_BYTES, file_bytes - 8):
-        _invalid("the header is missing, truncated or too large")
-    text = stream.read(header_bytes)
-    if len(text) != header_bytes or text[:1] != b"{":
-        _invalid("the header is truncated or no JSON object")
-    header = parse_json(text, f"the header of {WEIGHTS_FILE}")
-    if header.pop("__metadata__", {"format": "pt"}) != {"format": "pt"}:
-        _invalid("metadata other than the format")
-    if not 1 <= len(header) <= MAX_TENSORS:
-        _invalid(f"{len(header)} tensors")
-    layouts = sorted((_layout(name, value) for name, value in header.items()), key=lambda layout: layout.begin)
-    position = 0
-    for layout in layouts:
-        if layout.begin != position:
-            _invalid("tensors overlap or leave a hole")
-        if (8 + header_bytes + position) % ITEM_BYTES[layout.dtype]:
-            _invalid("a tensor that is not aligned")
-        position = layout.end
-    if position != file_bytes - 8 - header_bytes:
-        _invalid("the data is shorter or longer than the header says")
-    return layouts
-
-
-def _layout(name: str, value: Any) -> _Layout:
-    """One header entry, its size checked against its shape."""
-    if not isinstance(value, dict) or set(value) != {"dtype", "shape", "data_offsets"} or len(name) > MAX_NAME_CHARS:
-        _invalid("a header entry with other fields")
-    dtype, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
-    if dtype not in ("F32", "F16", "BF16"):
-        _invalid(f"type {str(dtype)[:16]!a}; F32, F16 and BF16 are known")
-    if not _numbers(shape, 1) or len(shape) not in (1, 2) or not _numbers(offsets, 0) or len(offsets) != 2:
-        _invalid("a shape or an offset that is not one")
-    if offsets[1] - offsets[0] != math.prod(shape) * ITEM_BYTES[dtype]:
-        _invalid("a tensor's size differs from its shape")
-    return _Layout(name, offsets[0], offsets[1], dtype, tuple(shape))
-
-
-def _numbers(values: Any, least: int) -> bool:
-    return isinstance(values, list) and all(type(value) is int and least <= value < 1 << 40 for value in values)
 
 
 def _check_names(
@@ -434,29 +330,3 @@ def _check_strength(config: AdapterConfig, shapes: Mapping[str, tuple[int, ...]]
 
 def _modules(names: Collection[str]) -> tuple[str, ...]:
     return tuple(sorted({module_of(name) for name in names}))
-
-
-def _read_norm(stream: Readable, layout: _Layout) -> float:
-    """Read the next tensor in pieces: its Frobenius norm, if every value is finite."""
-    remaining, squares = layout.end - layout.begin, 0.0
-    while remaining:
-        piece = stream.read(min(remaining, READ_CHUNK_BYTES))
-        if not piece or len(piece) % ITEM_BYTES[layout.dtype]:
-            _invalid("the data ended while it was read")
-        remaining -= len(piece)
-        values = _float32(layout.dtype, piece)
-        with np.errstate(over="ignore", invalid="ignore"):
-            square = float(values @ values)  # not finite if any value is not
-        if not math.isfinite(square) and not np.isfinite(values).all():
-            raise RefusedError("ADAPTER_NOT_FINITE", f"the tensor {layout.name!a} holds NaN or infinity")
-        squares += square
-    return math.sqrt(squares)
-
-
-def _float32(dtype: str, data: bytes | memoryview) -> NDArray[np.float32]:
-    """Stored values; bfloat16 is float32 without its lower half."""
-    if dtype == "BF16":
-        bits = np.frombuffer(data, dtype="<u2").astype(np.uint32)
-        bits <<= 16
-        return bits.view(np.float32)
-    return np.frombuffer(data, dtype="<f4" if dtype == "F32" else "<f2").astype(np.float32, copy=False)

@@ -15,8 +15,9 @@ from typing import NoReturn
 import numpy as np
 from numpy.typing import NDArray
 
-from fedcompose.adapter import AdapterConfig, StoredTensor, canonical_safetensors, parse_safetensors
+from fedcompose.adapter import AdapterConfig
 from fedcompose.errors import RefusedError
+from fedcompose.tensors import StoredTensor, canonical_safetensors, parse_safetensors
 
 GATES_FILE = "gates.safetensors"
 MAX_GATES_BYTES = 32 << 20  # those of every MLP of a 70B base take 15 MB

@@ -29,7 +29,7 @@ from typing import Any
 
 import numpy as np
 
-from fedcompose.adapter import CONFIG_FILE, MAX_WEIGHTS_BYTES, WEIGHTS_FILE, parse_safetensors
+from fedcompose.adapter import CONFIG_FILE, MAX_WEIGHTS_BYTES, WEIGHTS_FILE
 from fedcompose.composition import (
     ATTENTION_FOLDER,
     COMPOSITION_FILE,
@@ -68,6 +68,7 @@ from fedcompose.provenance import (
 from fedcompose.revocations import RevokedKey, with_revocations
 from fedcompose.signing import SIGNATURE_FILE, SignedFiles, read_hint, verify_files
 from fedcompose.statement import parse_release_provenance
+from fedcompose.tensors import parse_safetensors
 from fedcompose.trust_state import accepted_federation, accepted_revocations, remembered_federation
 
 EVALUATION_FILE = "evaluation.json"

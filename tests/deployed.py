@@ -28,7 +28,7 @@ from typing import Any
 import numpy as np
 
 from fedcompose import ledger
-from fedcompose.adapter import CONFIG_FILE, WEIGHTS_FILE, StoredTensor, canonical_safetensors, tensor_name
+from fedcompose.adapter import CONFIG_FILE, WEIGHTS_FILE, tensor_name
 from fedcompose.bases import resolve_base
 from fedcompose.call import Call, WantedLora, make_call, read_own_call
 from fedcompose.drafts import create_federation, enrol
@@ -37,6 +37,7 @@ from fedcompose.files import write_atomic, write_json
 from fedcompose.invitation import make_invitation
 from fedcompose.keys import FileSigner, load_signer, new_key
 from fedcompose.leftovers import Process, leftovers, processes
+from fedcompose.tensors import StoredTensor, canonical_safetensors
 from fedcompose.trust_state import trusted_federation
 from fedcompose_coordinator.tls import make_certificates
 

@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from fedcompose.adapter import StoredTensor, canonical_safetensors, read_adapter, write_adapter
+from fedcompose.adapter import read_adapter, write_adapter
 from fedcompose.bases import Base, base_shapes
 from fedcompose.call import Call
 from fedcompose.contribution import VerifiedContribution
@@ -32,6 +32,7 @@ from fedcompose.keys import FileSigner, load_signer, new_key
 from fedcompose.release import VerifiedRelease
 from fedcompose.routing import RouterConfig
 from fedcompose.tasks import generator_task, training
+from fedcompose.tensors import StoredTensor, canonical_safetensors
 from fedcompose.traces import Trace
 from fedcompose_client.contribute import contribute
 from fedcompose_client.firewall import write_passed

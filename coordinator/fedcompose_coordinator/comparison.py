@@ -22,11 +22,12 @@ from typing import Any
 
 import numpy as np
 
-from fedcompose.adapter import MAX_WEIGHTS_BYTES, WEIGHTS_FILE, parse_safetensors
+from fedcompose.adapter import MAX_WEIGHTS_BYTES, WEIGHTS_FILE
 from fedcompose.composition import ATTENTION_FOLDER, COMPOSITION_FILE, MAX_ROUTER_BYTES, ROUTER_FILE
 from fedcompose.errors import ConfigError
 from fedcompose.files import read_json, read_limited
 from fedcompose.intervals import Draws, Resampling, drawn_interval, drawn_ratio
+from fedcompose.tensors import parse_safetensors
 from fedcompose_coordinator.evaluation import (
     CELLS_FOLDER,
     Parts,

@@ -21,7 +21,6 @@ from typing import Any, Literal
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from fedcompose.adapter import StoredTensor, canonical_safetensors, parse_safetensors
 from fedcompose.composition import COMPOSITION_FILE, MAX_ROUTER_BYTES, ROUTER_FILE
 from fedcompose.contribution import VerifiedContribution
 from fedcompose.document import Time
@@ -29,6 +28,7 @@ from fedcompose.errors import ConfigError, RefusedError
 from fedcompose.files import new_folder, read_json, read_limited, write_atomic, write_json
 from fedcompose.keys import Identifier
 from fedcompose.release import EVALUATION_FILE
+from fedcompose.tensors import StoredTensor, canonical_safetensors, parse_safetensors
 from fedcompose_coordinator.methods import ComposeSettings, Recipe, recipe
 
 REMOVED_FILE = "removed.json"

@@ -14,10 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fedcompose.adapter import MAX_RANK, Adapter, AdapterConfig, StoredTensor, tensor_name
+from fedcompose.adapter import MAX_RANK, Adapter, AdapterConfig, tensor_name
 from fedcompose.errors import MissingError
 from fedcompose.model.composed import stored
 from fedcompose.model.experts import Expert
+from fedcompose.tensors import StoredTensor
 from fedcompose_coordinator.training import OnStep, mean_loss
 from fedcompose_coordinator.work import Work
 

@@ -20,7 +20,6 @@ from fedcompose.adapter import (
     WEIGHTS_FILE,
     Adapter,
     AdapterConfig,
-    StoredTensor,
     parse_adapter,
     tensor_name,
     write_adapter,
@@ -38,6 +37,7 @@ from fedcompose.model.spread import spread as over_gpus
 from fedcompose.release import ReceivedRelease, VerifiedRelease
 from fedcompose.routing import RouterConfig
 from fedcompose.standing import verify_for_use
+from fedcompose.tensors import StoredTensor
 
 ATTENTION_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj")
 ALIVE_PROBE = "What is 17 + 25? Think step by step."

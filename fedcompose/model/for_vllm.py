@@ -9,7 +9,6 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from fedcompose.adapter import parse_safetensors
 from fedcompose.bases import Base, base_shapes
 from fedcompose.composition import ROUTER_FILE
 from fedcompose.errors import ConfigError
@@ -19,6 +18,7 @@ from fedcompose.model.experts import Expert, read_expert
 from fedcompose.model.lm import load_base
 from fedcompose.model.merged import add_into, attention, check_base
 from fedcompose.release import VerifiedRelease
+from fedcompose.tensors import parse_safetensors
 from fedcompose.vllm_model import ARCHITECTURE, PREFIX, SETTINGS
 
 EXPERTS_FILE = "fedcompose-experts.safetensors"

@@ -9,7 +9,6 @@ import torch
 from safetensors.torch import save as dump_safetensors
 from torch import Tensor, nn
 
-from fedcompose.adapter import parse_safetensors
 from fedcompose.composition import MAX_ROUTER_BYTES
 from fedcompose.errors import ConfigError, RefusedError
 from fedcompose.files import read_limited, write_atomic
@@ -27,6 +26,7 @@ from fedcompose.model.estimators import (
 from fedcompose.model.router import Point, RoutingDecision
 from fedcompose.model.scorers import COMPARE, LinearScorer, StaticScorer, VectorScorer
 from fedcompose.routing import RouterConfig
+from fedcompose.tensors import parse_safetensors
 
 
 class Router(nn.Module):

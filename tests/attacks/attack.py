@@ -17,13 +17,13 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-from fedcompose.adapter import StoredTensor, canonical_safetensors, parse_safetensors
 from fedcompose.call import Call, make_call, read_own_call
 from fedcompose.errors import FedcomposeError, RefusedError
 from fedcompose.files import folder_digests, write_atomic, write_json
 from fedcompose.keys import FileSigner, load_signer, new_key
 from fedcompose.release import ReceivedRelease, verify_release
 from fedcompose.signing import SIGNATURE_FILE, STATEMENT_PAYLOAD_TYPE, Signer, sign_envelope, sign_files
+from fedcompose.tensors import StoredTensor, canonical_safetensors, parse_safetensors
 from fedcompose.trust_state import trusted_federation
 from fedcompose_coordinator import intake
 from fedcompose_coordinator.intake import Receipt

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
-from fedcompose.adapter import CONFIG_FILE, WEIGHTS_FILE, StoredTensor, canonical_safetensors, tensor_name
+from fedcompose.adapter import CONFIG_FILE, WEIGHTS_FILE, tensor_name
+from fedcompose.tensors import StoredTensor, canonical_safetensors
 from tests.federation_sim import FederationSim, make_federation
 
 

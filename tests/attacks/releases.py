@@ -8,13 +8,13 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-from fedcompose.adapter import canonical_safetensors
 from fedcompose.document import format_time
 from fedcompose.drafts import create_federation
 from fedcompose.federation import Federation
 from fedcompose.files import dir_hash, folder_digests
 from fedcompose.revocations import RevokedKey, WithdrawnRelease, next_revocations, no_revocations
 from fedcompose.signing import SignedFiles, verify_files
+from fedcompose.tensors import canonical_safetensors
 from fedcompose.trust_state import accept_revocations, trusted_federation
 from tests.attacks.attack import (
     Cases,

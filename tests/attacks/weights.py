@@ -6,8 +6,8 @@ import json
 from collections.abc import Callable
 from typing import Any
 
-from fedcompose.adapter import MAX_TENSORS, StoredTensor, canonical_safetensors
 from fedcompose.gates import GATES_FILE
+from fedcompose.tensors import MAX_TENSORS, StoredTensor, canonical_safetensors
 from tests.attacks.attack import Cases, Change, Folder, Mutation, tensor, with_signed_file, with_tensors
 
 WEIGHTS = "adapter_model.safetensors"

@@ -10,11 +10,11 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from fedcompose.adapter import parse_safetensors
 from fedcompose.commands.chain import release_chain
 from fedcompose.errors import ConfigError, RefusedError
 from fedcompose.files import folder_digests, read_json, write_atomic, write_json
 from fedcompose.model.composed import load_release
+from fedcompose.tensors import parse_safetensors
 from fedcompose.trust_state import trusted_federation
 from fedcompose_coordinator.cli import app
 from fedcompose_coordinator.compose import compose

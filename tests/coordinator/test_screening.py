@@ -11,8 +11,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fedcompose.adapter import Adapter, StoredTensor, read_adapter, write_adapter
+from fedcompose.adapter import Adapter, read_adapter, write_adapter
 from fedcompose.contribution import VerifiedContribution
+from fedcompose.tensors import StoredTensor
 from fedcompose_coordinator.screening import agreement, by_absence, by_routing, by_triggers, by_weights, codes_by_site
 from tests.coordinator.letters import admit
 from tests.federation_sim import MLP, make_random_expert

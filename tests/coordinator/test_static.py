@@ -5,11 +5,12 @@ import sys
 import pytest
 import torch
 
-from fedcompose.adapter import canonical_config, canonical_safetensors, parse_adapter
+from fedcompose.adapter import canonical_config, parse_adapter
 from fedcompose.bases import Base, base_shapes
 from fedcompose.contribution import VerifiedContribution
 from fedcompose.errors import MissingError
 from fedcompose.model.experts import Expert, Update, make_expert, read_expert
+from fedcompose.tensors import canonical_safetensors
 from fedcompose_coordinator import static
 from fedcompose_coordinator.lessons import Lesson
 from fedcompose_coordinator.methods import recipe

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from fedcompose.adapter import Adapter, AdapterConfig, StoredTensor, tensor_name
+from fedcompose.adapter import Adapter, AdapterConfig, tensor_name
+from fedcompose.tensors import StoredTensor
 from fedcompose_coordinator.weights import similarity, statistics
 
 Pair = tuple[NDArray[np.float64], NDArray[np.float64]]

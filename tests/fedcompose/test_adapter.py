@@ -13,13 +13,10 @@ from fedcompose.adapter import (
     MAX_SCALE,
     WEIGHTS_FILE,
     Adapter,
-    StoredTensor,
-    canonical_safetensors,
     check_adapter,
     module_of,
     parse_adapter,
     parse_config,
-    parse_safetensors,
     read_adapter,
     tensor_name,
     write_adapter,
@@ -27,6 +24,7 @@ from fedcompose.adapter import (
 from fedcompose.bases import Base, base_shapes
 from fedcompose.errors import RefusedError
 from fedcompose.files import READ_CHUNK_BYTES
+from fedcompose.tensors import StoredTensor, canonical_safetensors, parse_safetensors
 from tests.federation_sim import make_random_expert
 
 MLP = ["gate_proj", "up_proj", "down_proj"]

@@ -29,9 +29,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fedcompose.adapter import WEIGHTS_FILE, StoredTensor, canonical_safetensors
+from fedcompose.adapter import WEIGHTS_FILE
 from fedcompose.call import read_own_call
 from fedcompose.cli import main
+from fedcompose.tensors import StoredTensor, canonical_safetensors
 from fedcompose.wire import Message, RecordDict
 from fedcompose_client import flower
 from fedcompose_client.egress_ledger import departures

@@ -24,7 +24,6 @@ from pathlib import Path
 import pytest
 
 from fedcompose import ledger
-from fedcompose.adapter import StoredTensor, canonical_safetensors
 from fedcompose.bases import resolve_base
 from fedcompose.call import make_call, read_own_call
 from fedcompose.drafts import create_federation, enrol
@@ -33,6 +32,7 @@ from fedcompose.keys import load_signer, new_key
 from fedcompose.leftovers import processes
 from fedcompose.routing import RouterConfig
 from fedcompose.tasks import training
+from fedcompose.tensors import StoredTensor, canonical_safetensors
 from fedcompose.trust_state import trusted_federation
 from fedcompose_client.jobs import keep, record
 from fedcompose_coordinator import intake, publish

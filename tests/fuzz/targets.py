@@ -23,14 +23,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding
 
 from fedcompose import ledger, receipt
-from fedcompose.adapter import (
-    StoredTensor,
-    canonical_safetensors,
-    parse_adapter,
-    parse_config,
-    parse_safetensors,
-    tensor_name,
-)
+from fedcompose.adapter import parse_adapter, parse_config, tensor_name
 from fedcompose.call import CALL_TYPE, make_call, verify_call
 from fedcompose.composition import parse_composition
 from fedcompose.delivery import DELIVERY_TYPE, make_receipt, read_receipt
@@ -67,6 +60,7 @@ from fedcompose.signing import (
     verify_files,
 )
 from fedcompose.statement import build_provenance, build_release_provenance, parse_provenance, parse_release_provenance
+from fedcompose.tensors import StoredTensor, canonical_safetensors, parse_safetensors
 from fedcompose.traces import Trace, decode, encode
 
 NOW = datetime(2026, 11, 20, 9, tzinfo=UTC)

@@ -3,10 +3,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from fedcompose.adapter import StoredTensor, canonical_safetensors, parse_safetensors
 from fedcompose.files import read_json, write_atomic, write_json
 from fedcompose.routing import RouterConfig
 from fedcompose.serve.engine import Engine, Settings
+from fedcompose.tensors import StoredTensor, canonical_safetensors, parse_safetensors
 from tests.federation_sim import FederationSim
 
 
