@@ -36,8 +36,8 @@ REMAINDERS = Scenario(
     {"warm_up_steps": 64, "steps": 16, "lr": 1e-4, "max_new_tokens": 28},
 )
 STUDY = (*SCENARIOS, REMAINDERS)
-# More than the demo, which must end soon, asks and teaches: with 96 prompts to distill on and 44 steps an expert that is
-# often wrong left 8 traces, and compositions lost something (docs/log.md).
+# More than the demo, which must end soon, asks and teaches: with 96 prompts to distill on and 44 steps an expert that
+# is often wrong left 8 traces, and compositions lost something (docs/log.md).
 TRACE_PROMPTS = 600
 MORE = {
     "prompts_per_domain": 300,

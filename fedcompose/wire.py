@@ -44,7 +44,7 @@ def flower_environment() -> dict[str, str]:
 
 os.environ.update(flower_environment())
 
-from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Error, Message, RecordDict  # noqa: E402
+from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Error, Message, Metadata, RecordDict  # noqa: E402
 from flwr.clientapp import ClientApp  # noqa: E402
 from flwr.common.constant import ErrorCode  # noqa: E402
 from flwr.proto.node_pb2 import NodeInfo  # noqa: E402
@@ -64,6 +64,7 @@ __all__ = [
     "ErrorCode",
     "Grid",
     "Message",
+    "Metadata",
     "NodeInfo",
     "Part",
     "RecordDict",

@@ -59,7 +59,7 @@ class SuperNodeApp(Protocol):
 ANY_TASK = [str(kind) for kind in TaskType]
 POLL_S = float(os.environ.get("FLWR_SUPEREXEC_TASK_POLL_INTERVAL", "0.5"))
 FIRST_POLL_S = min(0.02, POLL_S)  # after a task, for where one window was asked for, the next one is near
-COMPLETED, FAILED = "completed", "failed"
+COMPLETED = "completed"
 TURNED_AWAY = 1  # exit status
 PULL_TIMEOUT_S = 20.0  # for a message that the SuperNode has, or is fetching; it is small
 
@@ -103,9 +103,8 @@ def answer_task(client: RuntimeHttpClient, kind: str, app: SuperNodeApp) -> None
         push_task_output(client, None, COMPLETED, "")
     except HTTPStatusError as error:  # the SuperNode was started anew, and does not know the task
         _log_refusal(error)
-    except ObjectPullError:  # its run has ended meanwhile, and the SuperNode has dropped the message
-        log.info("a message was taken back")
-        push_task_output(client, None, FAILED, "")
+    except ObjectPullError:  # its run has ended, or the line broke before the SuperNode had all of it
+        log.info("a message did not come")  # no more is said: the SuperNode then reports that there will be no reply
     except Exception:  # it would end the executor; Flower calls the task crashed when its heartbeat stops
         log.exception("a task failed")
     finally:

@@ -172,7 +172,7 @@ def is_cut(error: Exception) -> bool:
 def _prompt(look: Callable[..., Any]) -> Callable[..., Any]:
     """Flower looks for a reply twice a second, and waits for ever for the bytes of one that was begun.
 
-    We see at once when there is a whole one, and take no other.
+    We see at once when there is a whole one, and do not look before.
     """
 
     def get_messages(state: Any, **filters: Any) -> Any:
@@ -187,9 +187,20 @@ def _prompt(look: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _forgetting(report: Callable[..., None]) -> Callable[..., None]:
-    """When an executor died: forget the reply that it had begun, so that Flower reports that there will be none."""
+    """When an executor died, Flower reports that its message, if it was taken, has no reply, even a begun one.
+
+    Here the message counts as taken at once, and the reply that was begun is forgotten. But a node works on one message
+    after the other: where another task is there by now, that of the dead executor has had its answer.
+    """
+
+    finished = importlib.import_module("flwr.common.constant").Status.FINISHED
 
     def on_task_tokens_expired(state: Any, tasks: Any) -> None:
+        if any(task.status.status != finished for task in state.task_store.values()):
+            return
+        with state.lock_msg_store:
+            for entry in state.msg_store.values():
+                entry.is_retrieved |= not entry.message.metadata.reply_to_message_id
         for reply, is_whole in _replies(state):
             if not is_whole:
                 state.delete_messages(message_ids=[reply])

@@ -8,7 +8,7 @@ from typing import Any
 from fedcompose.errors import FedcomposeError
 from fedcompose.files import dump_json, read_json, write_atomic
 
-FLOWER = "flower"  # the folder of what Flower keeps
+FLOWER = "flower"  # the folder; Flower itself keeps nothing in it
 DOOR_FILE = "driver.json"
 
 

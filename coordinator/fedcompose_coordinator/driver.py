@@ -11,15 +11,14 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 from fedcompose.supervision import be_child
-from fedcompose.wire import Context, Grid, TaskIdentity
+from fedcompose.wire import Context, Grid, Message, Metadata, TaskIdentity
 from fedcompose_coordinator.approvals import read_rule
 from fedcompose_coordinator.door import read_door
 from fedcompose_coordinator.flower import make_driver_app
@@ -27,11 +26,17 @@ from fedcompose_coordinator.home import open_home
 from fedcompose_coordinator.jobs import Job
 
 # isort: split
-import flwr.superlink.grid.http_grid as http_grid
-from flwr.common.serde import context_from_proto, run_from_proto
-from flwr.proto.runtime_pb2 import AcquireTaskRequest, PullTaskInputRequest
+from flwr.app.error import Error
+from flwr.app.message import make_message
+from flwr.common.constant import ErrorCode
+from flwr.common.serde import context_from_proto, message_from_proto, run_from_proto
+from flwr.proto.message_pb2 import ConfirmMessageReceivedRequest
+from flwr.proto.runtime_pb2 import AcquireTaskRequest, PullAppMessagesRequest, PullTaskInputRequest
 from flwr.supercore.constant import TaskType
 from flwr.supercore.heartbeat import HeartbeatSender, make_task_heartbeat_fn_http
+from flwr.supercore.inflatable.inflatable_object import iterate_object_tree
+from flwr.supercore.inflatable.inflatable_protobuf_utils import make_pull_object_fn_protobuf
+from flwr.supercore.inflatable.inflatable_utils import ObjectPullError, inflate_object_from_contents, pull_objects
 from flwr.supercore.interceptors import RuntimeVersionHttpInterceptor, SuperExecAuthHttpInterceptor
 from flwr.supercore.runtime import RuntimeHttpClient
 from flwr.superlink.grid import HttpGrid
@@ -77,9 +82,8 @@ def drive(home: Path) -> None:
 @contextmanager
 def claimed_run(door: dict[str, Any]) -> Iterator[tuple[Grid, Context]]:
     """The grid of a run that is ours, for as long as we say that we are alive."""
-    http_grid.pull_objects = promptly(http_grid.pull_objects)  # type: ignore[attr-defined]
     address = f"127.0.0.1:{door['port']}"
-    grid = HttpGrid(address, insecure=True, token=_claim(address, bytes.fromhex(door["secret"])))
+    grid = OwnGrid(address, insecure=True, token=_claim(address, bytes.fromhex(door["secret"])))
     client = grid._runtime_client
     heartbeat = HeartbeatSender(make_task_heartbeat_fn_http(client))
     heartbeat.start()
@@ -94,9 +98,58 @@ def claimed_run(door: dict[str, Any]) -> Iterator[tuple[Grid, Context]]:
         grid.close()
 
 
-def promptly(pull: Callable[..., dict[str, bytes]]) -> Callable[..., dict[str, bytes]]:
+class OwnGrid(HttpGrid):
+    """Flower's grid, but a reply answers the question that the SuperLink says, whatever the site wrote into it.
+
+    It also waits less for bytes that are on their way, and no reply that cannot be read ends this process.
+    """
+
+    def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:
+        asked = set(message_ids)
+        found = self._runtime_client.PullMessages(PullAppMessagesRequest(message_ids=asked))
+        pairs = zip(found.messages_list, found.message_object_trees, strict=True)
+        return [self._reply(message_from_proto(head), tree) for head, tree in pairs if _answers(head) in asked]
+
+    def _reply(self, head: Message, tree: Any) -> Message:
+        """The reply of which the SuperLink keeps this head, with what the site wrote; else an error in its place."""
+        metadata, client, run_id = head.metadata, self._runtime_client, self.run.run_id
+        try:
+            contents = pull_promptly(
+                [each.object_id for each in iterate_object_tree(tree)],
+                make_pull_object_fn_protobuf(client.PullObject, self.node, run_id),
+            )
+        except ObjectPullError:
+            return unavailable(metadata)
+        client.ConfirmMessageReceived(
+            ConfirmMessageReceivedRequest(node=self.node, run_id=run_id, message_object_id=metadata.message_id)
+        )
+        return inflated(metadata, contents)
+
+
+def _answers(head: Any) -> str:
+    return str(head.metadata.reply_to_message_id)
+
+
+def inflated(metadata: Metadata, contents: dict[str, bytes]) -> Message:
+    """What a site wrote, under the metadata that the SuperLink checked."""
+    try:
+        reply: Any = inflate_object_from_contents(metadata.message_id, contents)
+        content = reply.content if reply.has_content() else None
+        return make_message(metadata, content, None if content is not None else reply.error)
+    except Exception:  # whatever a stranger's bytes do to Flower's decoder
+        log.exception("a reply could not be read")
+        return unavailable(metadata)
+
+
+def unavailable(metadata: Metadata) -> Message:
+    return make_message(metadata, error=Error(ErrorCode.MESSAGE_UNAVAILABLE, "the reply could not be brought or read"))
+
+
+def pull_promptly(object_ids: list[str], pull: Callable[[str], bytes]) -> dict[str, bytes]:
     """Flower's way to get a reply's bytes, without its long waits for those that are on their way."""
-    return partial(pull, max_time=PULL_TIMEOUT_S, initial_backoff=PULL_AGAIN_S, backoff_cap=PULL_AGAIN_MOST_S)
+    return pull_objects(
+        object_ids, pull, max_time=PULL_TIMEOUT_S, initial_backoff=PULL_AGAIN_S, backoff_cap=PULL_AGAIN_MOST_S
+    )
 
 
 def _claim(address: str, secret: bytes) -> str:

@@ -44,6 +44,7 @@ NODE_TIMEOUT_S = 60.0  # for sites that are still connecting
 NODE_EVERY_S = 2.0
 HEAR_EVERY_S = 0.2
 QUIET_S = 10.0  # after which a site that has not answered is asked for something small as well
+SLOW_S = 60.0  # a site that has a window under way for so long does not keep others from being fetched from
 STATUS_EVERY_S = 10.0
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 2.0, 600.0  # before a site is asked again after a failure
 JOBS_EVERY_S = 5.0  # looking for new calls
@@ -295,16 +296,21 @@ class Talk:
             self.looked = time.monotonic()
 
     def _has_room(self, exchange: Exchange) -> bool:
-        busy = {id(sent.exchange): sent.exchange for sent in self.sent.values()}
-        if id(exchange) in busy:
+        busy = self._busy()
+        if exchange in busy:
             return True
-        fetching = sum(each.next == "fetch" for each in busy.values())
+        slow = {sent.exchange for sent in self.sent.values() if sent.at < time.monotonic() - SLOW_S}
+        fetching = sum(each.next == "fetch" for each in busy - slow)
         return len(busy) < ASKED_AT_A_TIME and (exchange.next != "fetch" or fetching < FETCHED_AT_A_TIME)
 
+    def _busy(self) -> set[Exchange]:
+        """Those with a question on its way; a knock is none."""
+        return {sent.exchange for sent in self.sent.values() if not sent.question.is_knock}
+
     def _windows_for(self, exchange: Exchange) -> int:
-        """How many windows this site may have on their way: a fair share of all."""
+        """How many windows this site may have on their way: a fair share of all, and never none."""
         fetching = {sent.exchange for sent in self.sent.values() if sent.question.window is not None} | {exchange}
-        return min(WINDOWS_AHEAD, WINDOWS_IN_ALL // len(fetching))
+        return max(1, min(WINDOWS_AHEAD, WINDOWS_IN_ALL // len(fetching)))
 
     def _send(self, node: int, exchange: Exchange, question: Question) -> None:
         message = Message(question.content, node, wire.message_type(question.action), ttl=REPLY_TIMEOUT_S)
@@ -312,7 +318,7 @@ class Talk:
         if not id_:
             exchange.failed(question, MissingError("SITE_FAILED", "Flower did not take a message"))
             return
-        exchange.on_the_way += 1
+        exchange.on_the_way += not question.is_knock
         self.sent[id_] = Sent(exchange, question, time.monotonic())
 
     def _hear(self) -> bool:
@@ -348,7 +354,7 @@ class Talk:
     def _knock(self) -> None:
         """Ask those who have been silent, at intervals that double, whether they are there."""
         now = time.monotonic()
-        for exchange in {sent.exchange for sent in self.sent.values()}:
+        for exchange in self._busy():
             node = self.nodes.get(exchange.job.site.id)
             asked = [sent.at for sent in self.sent.values() if sent.exchange is exchange]
             if node is not None and now - asked[-1] > max(QUIET_S, asked[-1] - asked[0]):
@@ -357,7 +363,7 @@ class Talk:
     def _take(self, sent: Sent, reply: Message | None) -> None:
         """Hand a reply to its exchange, or the error that stands for a missing one."""
         exchange, question = sent.exchange, sent.question
-        exchange.on_the_way -= 1
+        exchange.on_the_way -= not question.is_knock
         try:
             exchange.answered(question, _content(reply))
         except FedcomposeError as error:

@@ -21,8 +21,10 @@ import resource
 import secrets
 import signal
 import socket
-from collections.abc import Awaitable, Callable, Iterator, MutableMapping
+import time
+from collections.abc import Awaitable, Callable, Iterator, Mapping, MutableMapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from email.utils import formatdate
 from pathlib import Path
@@ -72,7 +74,10 @@ RUNTIME = frozenset(
 )  # fmt: skip
 
 MAX_BODY_BYTES = 16 << 20  # of a request; Flower cuts what it sends into objects of 5 MiB
-MAX_MEMORY_BYTES = 2 << 30  # sixteen windows on their way are 512 MiB
+MAX_BODIES_BYTES = 512 << 20  # of all requests that are being read; whoever sends them is not known yet
+SMALL_BODY_BYTES = 64 << 10  # what is always let in, so that full hands do not keep small requests out
+MAX_MEMORY_BYTES = 2 << 30  # six windows on their way are 192 MiB, held a few times over
+ORPHAN_S = 60.0  # three times as long as the driver takes for the bytes of a reply, once it has seen that there is one
 MAX_CONNECTIONS = 2000  # at once, of sites; each holds two
 KEEP_ALIVE_S = 75
 BACKLOG = 128
@@ -86,13 +91,15 @@ Event = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Event]]
 Send = Callable[[Event], Awaitable[None]]
 App = Callable[[Scope, Receive, Send], Awaitable[None]]
+GONE: Event = {"type": "http.disconnect"}
 
 
 # The doors ----------------------------------------------------------------------------------------
 
 
 def door(app: App, paths: frozenset[str]) -> App:
-    """`app`, of which only POST to these paths can be reached, with a body of a limited size."""
+    """`app`, of which only POST to these paths can be reached, with bodies of a limited size, alone and together."""
+    held = Held()
 
     async def checked(scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
@@ -102,7 +109,7 @@ def door(app: App, paths: frozenset[str]) -> App:
         elif _announced_bytes(scope) > MAX_BODY_BYTES:
             await _refuse(send, 413)
         else:
-            await app(scope, _limited(receive), send)
+            await app(scope, _limited(receive, held), send)
 
     return checked
 
@@ -115,24 +122,39 @@ def _announced_bytes(scope: Scope) -> int:
     return 0
 
 
-def _limited(receive: Receive) -> Receive:
+@dataclass
+class Held:
+    """Bytes of the bodies that have come in part."""
+
+    bytes: int = 0
+
+
+def _limited(receive: Receive, held: Held) -> Receive:
     """The body as one event, for Flower hands each on through many layers; after it, or if it is too large, the end."""
-    body = bytearray()
-    is_read = False
+    is_read = is_cut_off = False
 
     async def limited() -> Event:
-        nonlocal is_read
-        while not is_read:
+        nonlocal is_read, is_cut_off
+        if is_read:
+            return GONE if is_cut_off else await receive()
+        is_read, body = True, bytearray()
+        try:
+            event = await read(body)
+        finally:
+            held.bytes -= len(body)
+        is_cut_off = event is GONE
+        return event
+
+    async def read(body: bytearray) -> Event:
+        while True:
             event = await receive()
             body.extend(event.get("body", b""))
-            if event["type"] != "http.request" or len(body) > MAX_BODY_BYTES:
-                return {"type": "http.disconnect"}
-            is_read = not event.get("more_body", False)
-            if is_read:
-                whole = bytes(body)
-                body.clear()
-                return {"type": "http.request", "body": whole, "more_body": False}
-        return await receive()
+            held.bytes += len(event.get("body", b""))
+            is_too_much = len(body) > SMALL_BODY_BYTES and held.bytes > MAX_BODIES_BYTES
+            if event["type"] != "http.request" or len(body) > MAX_BODY_BYTES or is_too_much:
+                return GONE
+            if not event.get("more_body", False):
+                return {"type": "http.request", "body": bytes(body), "more_body": False}
 
     return limited
 
@@ -206,6 +228,30 @@ def held_bytes() -> int:
     return int(pages.read_text().split()[1]) * resource.getpagesize() if pages.exists() else 0
 
 
+def forget_orphans(state: InMemoryLinkState, since: Mapping[str, float], now: float) -> dict[str, float]:
+    """Delete the bytes of messages that are no more: of a reply that came too slowly, or was never pushed to its end.
+
+    Flower would keep them until the run ends. `since` is what the last call returned: since when each has been alone.
+    """
+    with state._lock_object_push_sessions, state.lock:
+        owners = {id_ for id_, session in state._object_push_session_by_root.items() if _goes_on(state, session)}
+        owners |= state.message_ins_store.keys() | state.message_res_store.keys()
+        store: Any = state.object_store
+        with store.lock_store:
+            roots = [id_ for id_, entry in store.store.items() if entry.ref_count == 0 and id_ not in owners]
+            orphans = {id_: since.get(id_, now) for id_ in roots}
+            for id_ in [id_ for id_, begun in orphans.items() if now - begun > ORPHAN_S]:
+                store.delete(id_)
+                del orphans[id_]
+    return orphans
+
+
+def _goes_on(state: InMemoryLinkState, session: str) -> bool:
+    return session in state._object_push_sessions and state._object_push_sessions[session].expires_at > datetime.now(
+        UTC
+    )
+
+
 class Upkeep:
     """What this process does every second: follow the federation file, keep a run waiting, and stay small."""
 
@@ -213,6 +259,7 @@ class Upkeep:
         self.home, self.state = home, state
         self.fab = _store_app(state)
         self.envelope = b""
+        self.orphans: dict[str, float] = {}
 
     def once(self) -> None:
         config = load_config(self.home)
@@ -221,6 +268,7 @@ class Upkeep:
             register_nodes(self.state, trusted_federation(envelope, None, datetime.now(UTC)))
             self.envelope = envelope
         keep_a_run_waiting(self.state, self.fab)
+        self.orphans = forget_orphans(self.state, self.orphans, time.monotonic())
         if held_bytes() > MAX_MEMORY_BYTES:  # a site pushes what nobody has asked for; the next process begins without
             log.critical("too much was sent", extra={"code": "SUPERLINK_FULL"})
             os._exit(FULL)
@@ -246,6 +294,16 @@ class _Server(uvicorn.Server):
         yield
 
 
+class LinkState(InMemoryLinkState):
+    """Flower's, with its locks taken in one order: it takes these two in both, and two requests could wait for ever."""
+
+    def store_message_and_object_tree(
+        self, message: wire.Message, object_tree: Any, session_id: str
+    ) -> tuple[bool, list[str]]:
+        with self._lock_object_push_sessions:
+            return super().store_message_and_object_tree(message, object_tree, session_id)
+
+
 def make_superlink(secret: bytes) -> Any:
     """Flower's own application."""
     config = SuperLinkLifespanConfig(
@@ -258,7 +316,10 @@ def make_superlink(secret: bytes) -> Any:
     )  # fmt: skip
     # The package hides this module behind a function of the same name.
     lifespan = importlib.import_module("flwr.superlink.cli.flower_superlink").SuperLinkLifespan
-    return create_app(config, lifespan)
+    app = create_app(config, lifespan)
+    factory = app.state.linkstate_factory
+    factory.state_instance = LinkState(factory.federation_manager, factory.objectstore_factory.store())
+    return app
 
 
 def serve(home: Path) -> None:

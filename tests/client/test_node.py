@@ -149,6 +149,16 @@ def new_state(states: Any) -> Any:
     return states(store())
 
 
+def running_task(state: Any, expired: bool = False) -> int:
+    """A task of a living executor, or of one that has died."""
+    task = int(state.create_task(TaskType.CLIENT_APP, 1, ""))
+    state.claim_task(task)
+    state.activate_task(task)
+    if expired:
+        state.task_token_store[task].active_until = datetime.now(UTC) - timedelta(seconds=1)
+    return task
+
+
 def stored_reply(state: Any, late_s: float | None) -> Message:
     """A reply of an executor whose bytes come some time after the message itself, or never."""
     inflatable = importlib.import_module("flwr.supercore.inflatable.inflatable_object")
@@ -191,9 +201,7 @@ def test_a_reply_that_a_dead_executor_had_begun_becomes_an_error(
     if not flowers_own:
         flower_supernode()
     state = new_state(flowers_state)
-    task = state.create_task(TaskType.CLIENT_APP, 1, "")
-    state.claim_task(task)
-    state.activate_task(task)
+    task = running_task(state)
     reply = stored_reply(state, late_s=None)
     assert len(state.get_messages_legacy(is_reply=False)) == 1
     assert flowers_own or not state.get_messages_legacy(is_reply=True), "it may still come: the executor is alive"
@@ -202,6 +210,34 @@ def test_a_reply_that_a_dead_executor_had_begun_becomes_an_error(
     (found,) = found or state.get_messages_legacy(is_reply=True)
     assert found.has_error() != flowers_own
     assert (found is reply) == flowers_own
+
+
+def test_a_message_that_a_dead_executor_had_not_taken_yet_becomes_an_error(
+    flowers_state: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(node, "REPLY_PATIENCE_S", 0.05)
+    flower_supernode()
+    state = new_state(flowers_state)
+    running_task(state, expired=True)
+    asked = Message(request(), 1, "query.fetch")
+    asked.metadata.__dict__["_message_id"] = "0" * 64
+    state.store_message(asked)
+    state.get_messages_legacy(is_reply=True)
+    (found,) = state.get_messages_legacy(is_reply=True)
+    assert found.has_error()
+
+
+def test_a_dead_executor_does_not_take_the_reply_of_a_living_one_away(
+    flowers_state: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(node, "REPLY_PATIENCE_S", 0.05)
+    flower_supernode()
+    state = new_state(flowers_state)
+    running_task(state, expired=True)
+    running_task(state)
+    reply = stored_reply(state, late_s=None)
+    assert not state.get_messages_legacy(is_reply=True)
+    assert reply.object_id in state.msg_store
 
 
 def test_the_supernode_does_not_wait_for_ever_for_a_reply(flowers_state: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -368,7 +368,8 @@ def test_an_answer_tells_that_those_before_it_are_lost(sim: FlowerSim) -> None:
     grid.failed.add("4")
     assert talk.once([exchange])
     assert exchange.partial is not None
-    assert len(talk.sent) == exchange.on_the_way == len(exchange.partial.asked) == 0
+    assert not talk.sent.keys() & set("1234")
+    assert len(talk.sent) == exchange.on_the_way == len(exchange.partial.asked)  # if they are asked for again
 
 
 def test_a_site_that_stays_silent_is_knocked_at_less_and_less_often(
@@ -392,6 +393,50 @@ def test_a_site_that_stays_silent_is_knocked_at_less_and_less_often(
     assert exchange.job.seen["code"] == "SITE_SILENT"
     assert set(talk.sent) == {"7", "8", "9"}
     assert exchange.next == "fetch"
+
+
+def test_a_site_that_only_knocks_go_to_holds_nothing(sim: FlowerSim, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once its questions have run out, knocks end as well, and others are fetched from; also while it is slow."""
+    exchange, talk, grid = fetching(sim)
+    job = exchange.job
+    others = [Exchange(job, next="fetch") for _ in range(2)]
+    for n, other in enumerate(others):
+        other.partial = Partial(job.partial / str(n), [wire.Part("adapter/model.sig", 1000, "0" * 64)], 100)
+    start, seconds = flower.time.monotonic(), 0.0
+    monkeypatch.setattr(flower.time, "monotonic", lambda: start + seconds)
+    talk.once(others[:1])
+    assert not talk._has_room(others[1])
+    seconds = flower.SLOW_S + 1
+    assert talk._has_room(others[1])
+    for second in range(700):
+        seconds = float(second)
+        talk.once([])
+    assert talk._busy() == set()
+    assert exchange.on_the_way == 0
+    asked = len(grid.sent)
+    for second in range(700, 2000):
+        seconds = float(second)
+        talk.once([])
+    assert len(grid.sent) == asked
+    assert talk.sent == {}
+
+
+def test_whose_question_is_answered_is_not_for_the_site_to_say(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A reply is read under the SuperLink's head; what cannot be read, or is no message, is an error in its place."""
+    TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = 1, 1, 1
+    inflatable = importlib.import_module("flwr.supercore.inflatable.inflatable_object")
+    asked, others = (Message(wire.request(), node, "query.describe") for node in (1, 2))
+    for message, id_ in ((asked, "a" * 64), (others, "b" * 64)):
+        message.metadata.__dict__["_message_id"] = id_
+    lying = Message(wire.request(), reply_to=others)
+    contents = {id_: each.deflate() for id_, each in inflatable.get_all_nested_objects(lying).items()}
+    head = Message(wire.request(), reply_to=asked).metadata
+    head.__dict__["_message_id"] = lying.object_id
+    read = driver.inflated(head, dict(contents))
+    assert read.metadata.reply_to_message_id == "a" * 64
+    assert read.has_content()
+    for bad in ({}, {lying.object_id: b"no object"}, {lying.object_id: contents[lying.object_id]}):
+        assert driver.inflated(head, bad).has_error()
 
 
 def test_two_sites_at_a_time_share_the_windows_on_their_way(sim: FlowerSim) -> None:
@@ -424,7 +469,6 @@ def test_a_line_cut_short_by_a_crash_is_a_window_that_did_not_come(tmp_path: Pat
 
 def test_bytes_that_are_on_their_way_are_soon_asked_for_again() -> None:
     """As it is, the negative control, Flower waits a second, then two; the next window waits behind it."""
-    pull_objects = importlib.import_module("flwr.supercore.inflatable.inflatable_utils").pull_objects
 
     def seconds(pull: Callable[..., dict[str, bytes]]) -> float:
         begun, tries = time.monotonic(), iter((False, False, True))
@@ -437,4 +481,4 @@ def test_bytes_that_are_on_their_way_are_soon_asked_for_again() -> None:
         assert pull(["object"], get) == {"object": b"bytes"}
         return time.monotonic() - begun
 
-    assert seconds(driver.promptly(pull_objects)) < 2.0 < seconds(pull_objects)
+    assert seconds(driver.pull_promptly) < 2.0 < seconds(driver.pull_objects)

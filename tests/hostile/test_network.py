@@ -8,11 +8,14 @@ import socket
 import ssl
 import threading
 from base64 import b64encode
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from itertools import repeat
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import httpx
 import pytest
@@ -21,6 +24,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from fastapi import FastAPI
 from flwr.common.constant import TIMESTAMP_HEADER
 from flwr.proto.fleet_pb2 import ActivateNodeRequest, RegisterNodeFleetRequest
+from flwr.proto.message_pb2 import ObjectTree
 from flwr.proto.runtime_pb2 import AcquireTaskRequest, AcquireTaskResponse
 from flwr.supercore.auth import create_superexec_auth_metadata, derive_auth_secret
 from flwr.supercore.constant import (
@@ -30,6 +34,7 @@ from flwr.supercore.constant import (
     TaskType,
 )
 from flwr.supercore.date import now as flower_now
+from flwr.supercore.inflatable.inflatable_object import get_object_id
 from google.protobuf.message import Message
 from starlette.testclient import TestClient
 
@@ -226,6 +231,82 @@ def test_a_body_comes_whole_or_not_at_all() -> None:
     gone = {"type": "http.disconnect"}
     assert events_behind_the_door(iter([b"123", b"456", b"."]), 2) == [whole, gone]
     assert events_behind_the_door(iter([b"123", b"456"]), 1) == [gone]
+
+
+def test_bodies_are_limited_together_but_small_ones_always_come(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever sends them is not known before they are read. What has been read, or given up, counts no more."""
+    monkeypatch.setattr(superlink, "MAX_BODIES_BYTES", 20)
+    monkeypatch.setattr(superlink, "SMALL_BODY_BYTES", 4)
+    held = superlink.Held()
+
+    def body(*pieces: bytes) -> superlink.Receive:
+        rest = iter(pieces)
+
+        async def receive() -> superlink.Event:
+            piece = next(rest, None)
+            if piece is None:  # nothing comes any more
+                await asyncio.sleep(3600)
+            return {"type": "http.request", "body": piece, "more_body": piece != b"."}
+
+        return superlink._limited(receive, held)
+
+    async def several() -> list[str]:
+        waiting = asyncio.create_task(body(b"x" * 15)())  # type: ignore[arg-type]
+        await asyncio.sleep(0)
+        kinds = [(await body(*pieces)())["type"] for pieces in ((b"x" * 8, b"."), (b"abc", b"."), (b"x" * 5, b"."))]
+        waiting.cancel()
+        await asyncio.gather(waiting, return_exceptions=True)
+        return [*kinds, (await body(b"x" * 15, b".")())["type"]]
+
+    assert asyncio.run(several()) == ["http.disconnect", "http.request", "http.disconnect", "http.request"]
+    assert held.bytes == 0
+
+
+def test_bytes_of_messages_that_are_no_more_are_forgotten() -> None:
+    state: Any = state_of(make_superlink(SECRET))
+    contents = {get_object_id(content): content for content in (b"alone", b"being pushed", b"of a message")}
+    alone, pushed, named = contents
+    for id_ in contents:
+        state.object_store.preregister(1, ObjectTree(object_id=id_))
+    session = state.start_session(1)
+    state.preregister_object_tree(ObjectTree(object_id=pushed), session)
+    state.message_res_store[named] = object()
+    since = superlink.forget_orphans(state, {}, 100.0)
+    assert since == {alone: 100.0}
+    since = superlink.forget_orphans(state, since, 100.0 + superlink.ORPHAN_S)
+    assert set(state.object_store.store) == {alone, pushed, named}
+    assert superlink.forget_orphans(state, since, 101.0 + superlink.ORPHAN_S) == {}
+    assert set(state.object_store.store) == {pushed, named}
+    state._object_push_sessions[session].expires_at = datetime.now(UTC) - timedelta(seconds=1)
+    assert set(superlink.forget_orphans(state, {}, 0.0)) == {pushed}
+
+
+@pytest.mark.parametrize("flowers_own", [False, True])
+def test_the_locks_of_flowers_state_are_taken_in_one_order(flowers_own: bool) -> None:
+    """While it waits for the lock of pushes it holds no other. Flower's own, the negative control, does."""
+    ours: Any = state_of(make_superlink(SECRET))
+    flowers = superlink.InMemoryLinkState(ours.federation_manager, ours.object_store)
+    state: Any = flowers if flowers_own else ours
+    state.store_message_ins = lambda message: "stored"
+    message: Any = SimpleNamespace(metadata=SimpleNamespace(reply_to_message_id=""))
+    store = partial(state.store_message_and_object_tree, message, ObjectTree(object_id="0" * 64), "")
+    with state._lock_object_push_sessions:
+        pushing = threading.Thread(target=suppressed(store), daemon=True)
+        pushing.start()
+        pushing.join(0.3)
+        is_free = state.lock.acquire(blocking=False)
+        if is_free:
+            state.lock.release()
+    pushing.join()
+    assert is_free != flowers_own
+
+
+def suppressed(action: Callable[[], object]) -> Callable[[], None]:
+    def run() -> None:
+        with suppress(ValueError):  # there is no such session
+            action()
+
+    return run
 
 
 def test_a_superlink_that_was_filled_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
