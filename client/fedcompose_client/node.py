@@ -192,7 +192,6 @@ def _forgetting(report: Callable[..., None]) -> Callable[..., None]:
     Here the message counts as taken at once, and the reply that was begun is forgotten. But a node works on one message
     after the other: where another task is there by now, that of the dead executor has had its answer.
     """
-
     finished = importlib.import_module("flwr.common.constant").Status.FINISHED
 
     def on_task_tokens_expired(state: Any, tasks: Any) -> None:

@@ -149,6 +149,14 @@ def new_state(states: Any) -> Any:
     return states(store())
 
 
+@pytest.fixture
+def impatient_state(flowers_state: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Of a SuperNode that is ours, and that soon gives up waiting for a whole reply."""
+    monkeypatch.setattr(node, "REPLY_PATIENCE_S", 0.05)
+    flower_supernode()
+    return new_state(flowers_state)
+
+
 def running_task(state: Any, expired: bool = False) -> int:
     """A task of a living executor, or of one that has died."""
     task = int(state.create_task(TaskType.CLIENT_APP, 1, ""))
@@ -212,12 +220,8 @@ def test_a_reply_that_a_dead_executor_had_begun_becomes_an_error(
     assert (found is reply) == flowers_own
 
 
-def test_a_message_that_a_dead_executor_had_not_taken_yet_becomes_an_error(
-    flowers_state: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(node, "REPLY_PATIENCE_S", 0.05)
-    flower_supernode()
-    state = new_state(flowers_state)
+def test_a_message_that_a_dead_executor_had_not_taken_yet_becomes_an_error(impatient_state: Any) -> None:
+    state = impatient_state
     running_task(state, expired=True)
     asked = Message(request(), 1, "query.fetch")
     asked.metadata.__dict__["_message_id"] = "0" * 64
@@ -227,12 +231,8 @@ def test_a_message_that_a_dead_executor_had_not_taken_yet_becomes_an_error(
     assert found.has_error()
 
 
-def test_a_dead_executor_does_not_take_the_reply_of_a_living_one_away(
-    flowers_state: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(node, "REPLY_PATIENCE_S", 0.05)
-    flower_supernode()
-    state = new_state(flowers_state)
+def test_a_dead_executor_does_not_take_the_reply_of_a_living_one_away(impatient_state: Any) -> None:
+    state = impatient_state
     running_task(state, expired=True)
     running_task(state)
     reply = stored_reply(state, late_s=None)
@@ -240,11 +240,9 @@ def test_a_dead_executor_does_not_take_the_reply_of_a_living_one_away(
     assert reply.object_id in state.msg_store
 
 
-def test_the_supernode_does_not_wait_for_ever_for_a_reply(flowers_state: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_supernode_does_not_wait_for_ever_for_a_reply(impatient_state: Any) -> None:
     """Flower looks in between for executors that have died."""
-    monkeypatch.setattr(node, "REPLY_PATIENCE_S", 0.05)
-    flower_supernode()
-    assert list(new_state(flowers_state).get_messages_legacy(is_reply=True)) == []
+    assert list(impatient_state.get_messages_legacy(is_reply=True)) == []
 
 
 def test_what_the_executor_uses_of_flower_is_still_there() -> None:
