@@ -44,7 +44,8 @@ NODE_TIMEOUT_S = 60.0  # for sites that are still connecting
 NODE_EVERY_S = 2.0
 HEAR_EVERY_S = 0.2
 QUIET_S = 10.0  # after which a site that has not answered is asked for something small as well
-SLOW_S = 60.0  # a site that has a window under way for so long does not keep others from being fetched from
+SLOW_S = 60.0  # so long without a byte, or at this pace below the other number, and others are fetched from as well
+SLOW_BYTES_PER_S = 1 << 20
 STATUS_EVERY_S = 10.0
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 2.0, 600.0  # before a site is asked again after a failure
 JOBS_EVERY_S = 5.0  # looking for new calls
@@ -98,6 +99,7 @@ class Exchange:
     due: float = 0.0  # of `time.monotonic`: not before
     pause_s: float = FIRST_PAUSE_S
     partial: Partial | None = None
+    slow_at: float = float("inf")  # of `time.monotonic`: from then on it does not keep others from being fetched from
     on_the_way: int = 0
     outcome: Outcome | None = None
 
@@ -213,10 +215,12 @@ class Exchange:
         else:
             self.job.enter("fetching", self.clock(), offer=offer)
             self.partial, self.next = Partial(self.job.partial, parts, self.window_bytes), "fetch"
+            self.slow_at = time.monotonic() + SLOW_S
             self._continue(self.partial)
 
     def _take_window(self, partial: Partial, window: Window, content: RecordDict) -> None:
         partial.store(window, wire.read_window(content, partial.parts, *window))
+        self.slow_at = min(self.slow_at + window[1] / SLOW_BYTES_PER_S, time.monotonic() + SLOW_S)
         head = wire.read_head(content)
         if head and self.head and head.entries > self.head.entries:
             self.head = head
@@ -299,8 +303,8 @@ class Talk:
         busy = self._busy()
         if exchange in busy:
             return True
-        slow = {sent.exchange for sent in self.sent.values() if sent.at < time.monotonic() - SLOW_S}
-        fetching = sum(each.next == "fetch" for each in busy - slow)
+        now = time.monotonic()
+        fetching = sum(each.next == "fetch" and each.slow_at > now for each in busy)
         return len(busy) < ASKED_AT_A_TIME and (exchange.next != "fetch" or fetching < FETCHED_AT_A_TIME)
 
     def _busy(self) -> set[Exchange]:

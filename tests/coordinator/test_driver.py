@@ -15,6 +15,7 @@ import pytest
 from flwr.supercore.inflatable.inflatable_utils import ObjectUnavailableError
 
 from fedcompose import ledger, wire
+from fedcompose.parts import part_limits
 from fedcompose.wire import Context, Error, ErrorCode, Message, NodeInfo, TaskIdentity
 from fedcompose_client.flower import make_app
 from fedcompose_coordinator import driver, flower, partial
@@ -404,6 +405,7 @@ def test_a_site_that_only_knocks_go_to_holds_nothing(sim: FlowerSim, monkeypatch
         other.partial = Partial(job.partial / str(n), [wire.Part("adapter/model.sig", 1000, "0" * 64)], 100)
     start, seconds = flower.time.monotonic(), 0.0
     monkeypatch.setattr(flower.time, "monotonic", lambda: start + seconds)
+    exchange.slow_at = start + flower.SLOW_S
     talk.once(others[:1])
     assert not talk._has_room(others[1])
     seconds = flower.SLOW_S + 1
@@ -419,6 +421,29 @@ def test_a_site_that_only_knocks_go_to_holds_nothing(sim: FlowerSim, monkeypatch
         talk.once([])
     assert len(grid.sent) == asked
     assert talk.sent == {}
+
+
+@pytest.mark.parametrize(("every_s", "slow_after_s"), [(50.0, 100.0), (5.0, None)])
+def test_a_site_that_sends_little_by_little_does_not_keep_others_waiting(
+    sim: FlowerSim, monkeypatch: pytest.MonkeyPatch, every_s: float, slow_after_s: float | None
+) -> None:
+    """Below a certain pace others are fetched from as well, however punctual each of its windows is."""
+    monkeypatch.setattr(flower, "SLOW_BYTES_PER_S", 10)
+    seconds = 0.0
+    monkeypatch.setattr(flower.time, "monotonic", lambda: seconds)
+    sim.call()
+    exchange = Exchange(jobs_of(sim.home, call_paths(sim.home)[-1])[0], window_bytes=100, next="offer")
+    parts = [wire.Part(name, 4000, "0" * 64) for name in part_limits(["adapter"])]
+    slow: list[float] = []
+    exchange.answered(exchange.questions()[0], wire.offer_answer(parts))
+    for number in range(39):
+        (question,) = exchange.questions(1)
+        seconds = (number + 1) * every_s
+        exchange.answered(question, wire.window_answer({parts[0].name: bytes(100)}))
+        slow += [seconds] if exchange.slow_at <= seconds else []
+    assert slow[:1] == ([slow_after_s] if slow_after_s else [])
+    assert exchange.partial is not None
+    assert exchange.partial.received_bytes == 3900
 
 
 def test_whose_question_is_answered_is_not_for_the_site_to_say(monkeypatch: pytest.MonkeyPatch) -> None:
