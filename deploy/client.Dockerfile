@@ -1,6 +1,8 @@
 # A site: the library and the client role, at the versions of constraints.txt. Nothing of the coordinator is in it.
 #   docker build -f deploy/client.Dockerfile -t fedcompose-client .
+# Without a GPU, gigabytes less:  --build-arg PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu
 FROM python:3.11-slim AS build
+ARG PIP_EXTRA_INDEX_URL
 WORKDIR /src
 COPY constraints.txt pyproject.toml README.md LICENSE ./
 COPY fedcompose fedcompose

@@ -1,6 +1,8 @@
 # A coordinator: the library and the coordinator role, at the versions of constraints.txt. Nothing of a site is in it.
 #   docker build -f deploy/coordinator.Dockerfile -t fedcompose-coordinator .
+# Without a GPU, gigabytes less:  --build-arg PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu
 FROM python:3.11-slim AS build
+ARG PIP_EXTRA_INDEX_URL
 WORKDIR /src
 COPY constraints.txt pyproject.toml README.md LICENSE ./
 COPY fedcompose fedcompose

@@ -66,12 +66,16 @@ class ComposeSettings(Settings):
 
 @dataclass(frozen=True)
 class Method:
-    """`router` is None where no router is left; `settings` differ from the defaults of `ComposeSettings`."""
+    """`router` is None where no router is left; `settings` differ from the defaults of `ComposeSettings`.
+
+    `fixed` is what makes it this method; a coordinator's own settings, which are for all methods, do not change it.
+    """
 
     says: str
     made: Made
     router: RouterConfig | None
     settings: Mapping[str, Any] = field(default_factory=dict)
+    fixed: Mapping[str, Any] = field(default_factory=dict)
     source: str = ""
     needs_lessons: bool = True
 
@@ -96,7 +100,7 @@ METHODS: Mapping[str, Method] = {
     ),
     "guided-sampled": Method(
         "`guided`, learned from sampled experts, without any trace of a site", "trained",
-        RouterConfig(bias=True, **_PER_LAYER), {**_GUIDED, "learn_from": "sampled"}, source="ours",
+        RouterConfig(bias=True, **_PER_LAYER), _GUIDED, {"learn_from": "sampled"}, source="ours",
     ),
     "gumbel": Method(
         "one expert per token; training adds noise that cools down", "trained",
@@ -196,7 +200,7 @@ def recipe(name: str, settings: Mapping[str, Any] | None = None, router: Mapping
             raise ConfigError("ROUTER_INVALID", f"{name} has no router that could be changed")
         changed = RouterConfig.model_validate({**changed.model_dump(), **router})
         _check_kind(name, method, changed)
-    wanted = ComposeSettings(**{**method.settings, **(settings or {})})
+    wanted = ComposeSettings(**{**method.settings, **(settings or {}), **method.fixed})
     return Recipe(name, method.made, changed, wanted, method.needs_lessons)
 
 

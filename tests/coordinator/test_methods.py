@@ -66,6 +66,12 @@ def test_a_method_that_draws_repeats_with_its_seed_whatever_was_drawn_before(
     assert digests[0] == digests[1]
 
 
+def test_settings_that_are_for_all_methods_leave_each_what_it_is() -> None:
+    """`learn_from = "traces"` of the template once made `guided-sampled` learn from traces, without a word."""
+    assert Compose(method="guided", learn_from="traces").recipe().settings.learn_from == "traces"
+    assert Compose(method="guided-sampled", learn_from="traces").recipe().settings.learn_from == "sampled"
+
+
 def test_a_method_can_be_changed_in_parts_but_not_into_one_that_cannot_learn() -> None:
     changed = recipe("hard", {"steps": 7}, {"sharing": "layer"})
     assert changed.router == RouterConfig(sharing="layer") and changed.settings.steps == 7
