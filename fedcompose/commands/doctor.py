@@ -22,16 +22,18 @@ def register(app: typer.Typer) -> None:
 
 
 def doctor(
-    site: Annotated[Path | None, typer.Option(help="A site's folder, where site.toml is.")] = None,
-    home: Annotated[Path | None, typer.Option(help="A coordinator's folder, where coordinator.toml is.")] = None,
+    site: Annotated[Path | None, typer.Option(help="A site's folder; this one, where site.toml is here.")] = None,
+    home: Annotated[Path | None, typer.Option(help="A coordinator's folder; likewise.")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Check versions, base, keys, clock, disk, the line to the coordinator and leftover processes; change nothing.
 
     One line each, with what to do. Exit status 3 if anything is bad; what is only worth a note does not count.
 
-    Example: fedcompose doctor --site .
+    Example: fedcompose doctor --site clinic
     """
+    if site is None and home is None:
+        site, home = (Path() if Path(name).is_file() else None for name in ("site.toml", "coordinator.toml"))
     found = examine(site, home, datetime.now(UTC))
     if as_json:
         print_json([asdict(each) for each in found])

@@ -166,6 +166,22 @@ def test_the_command_ends_with_3_when_something_is_bad(sim: FlowerSim) -> None:
     ].items()
 
 
+def test_without_a_folder_named_it_looks_at_the_one_it_stands_in(
+    sim: FlowerSim, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    app = typer.Typer()
+    register(app)
+    make_certificates(sim.home, ["127.0.0.1"], sim.now)
+    for place, site, home in (
+        (sim.folder(SITE), sim.folder(SITE), None),
+        (sim.home, None, sim.home),
+        (sim.home.parent, None, None),
+    ):
+        monkeypatch.chdir(place)
+        checks = [each["check"] for each in json.loads(CliRunner().invoke(app, ["--json"]).stdout)]
+        assert checks == [each.check for each in examine(site, home, datetime.now(UTC))]
+
+
 def test_nothing_is_changed(sim: FlowerSim, private_home: Path) -> None:
     before = {path: path.stat().st_mtime_ns for root in (sim.home.parent, private_home) for path in root.rglob("*")}
     examine(sim.folder(SITE), sim.home, datetime.now(UTC))
