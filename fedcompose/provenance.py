@@ -95,6 +95,9 @@ class TraceSummary(Record):
     declared_non_private: bool
 
 
+Uncounted = Literal["choice-of-settings", "number-of-units", "other-runs", "audit", "trace-selection"]
+
+
 class DpPhase(Record):
     """Steps that each drew every unit with probability `batch` / `units`, and added noise once."""
 
@@ -122,9 +125,7 @@ class DpStatement(Record):
     clip_norm: Positive
     units: Count
     phases: Annotated[tuple[DpPhase, ...], Field(strict=False, min_length=1, max_length=2)]
-    uncounted: Annotated[
-        tuple[Literal["choice-of-settings", "number-of-units", "other-runs"], ...], Field(strict=False, max_length=3)
-    ]
+    uncounted: Annotated[tuple[Uncounted, ...], Field(strict=False, max_length=5)]
 
 
 class AuditNumbers(Record):

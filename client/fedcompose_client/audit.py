@@ -41,7 +41,7 @@ from fedcompose_client.config import Domain, Dp, SiteConfig, Training
 from fedcompose_client.data import Splits, same_question
 from fedcompose_client.one_run import Bound, hits_at, one_run_bound
 from fedcompose_client.overlap import excess_p
-from fedcompose_client.own_rows import dp_of, own_rows
+from fedcompose_client.own_rows import check_made_from, dp_of, made_from, own_rows
 from fedcompose_client.run import OnProgress, new_run, note_of
 from fedcompose_client.train import keep, learn
 
@@ -49,6 +49,7 @@ CANARIES = 300
 FEWEST_CANARIES = 100
 LEAST_POWER = 0.8  # AUC on the overfitted twin
 LEAST_REWARDED = 0.5  # share of the included canaries that ever earned unequal rewards
+CHANCE = 0.5  # the AUC of an attack that knows nothing
 HIGHEST_AUC = 0.60  # upper ends of intervals above which an audit warns
 HIGHEST_HITS = 0.05
 FALSE_SHARES = (0.01, 0.001)
@@ -110,21 +111,22 @@ def audit(
 ) -> dict[str, Any]:
     """Audit a finished run; returns what `audit.json` holds.
 
-    Raises: ConfigError: `EXPERT_MISSING`, `AUDIT_NO_CANARIES`.
+    Raises: ConfigError: `EXPERT_MISSING`, `AUDIT_NO_CANARIES`; `RUN_OTHER_SETTINGS` where site.toml or the data no
+        longer say what the expert was made from.
     """
     run, domain = site / "runs" / domain_name, config.domain(domain_name)
     if not (run / "expert").is_dir():
         raise ConfigError(
             "EXPERT_MISSING", f"{run} holds no finished expert", fix=f"fedcompose client train --domain {domain_name}"
         )
-    made_from = run_digest(run)
-    folder = _folder(run / "audit", {"made_from": made_from, "count": count})
+    dp, base = dp_of(run), resolve_base(config.base)
+    own = own_rows(site, domain, dp)
+    check_made_from(run, made_from(base.digest, domain, dp, own))
+    audited = run_digest(run)
+    folder = _folder(run / "audit", {"made_from": audited, "count": count})
     if (folder / "audit.json").exists():
         return dict(json.loads((folder / "audit.json").read_text()))
-    dp = dp_of(run)
-    own = own_rows(site, domain, dp)
     settings = domain.training.model_copy(update={"engine": "packed"})
-    base = resolve_base(config.base)
     bench = _bench(base, run, domain, on_progress)
     canaries = _canaries(folder, bench, own.splits.train, count, settings.seed)
     reference = _readings(folder, bench, "expert", run / "expert", canaries)
@@ -136,7 +138,7 @@ def audit(
     if claimed is not None and _bound(twin, control).low > claimed:
         again = trained.twin(1, dp)
     result = {
-        "made_from": made_from,
+        "made_from": audited,
         "target": "twin",
         **judge(twin, control, len(canaries), claimed, again),
         "overfitted_verdict": judge(control, control, len(canaries))["verdict"],
@@ -161,12 +163,18 @@ def judge(
         )
     if claimed is not None and again is not None and min(bound.low, again.bounds[attack].low) > claimed:
         reasons["fail"].append(f"two twins leaked an epsilon above the claimed {claimed:g}")
+    elif claimed is not None and bound.low > claimed:
+        reasons["warn"].append(f"one twin leaked an epsilon above the claimed {claimed:g}")
     if canaries < FEWEST_CANARIES:
         reasons["inconclusive"].append(f"{canaries} canaries are fewer than {FEWEST_CANARIES}")
     if power.value < LEAST_POWER:
         reasons["inconclusive"].append(f"no attack reached an AUC of {LEAST_POWER} on the overfitted twin")
     if twin.rewarded < LEAST_REWARDED:
         reasons["inconclusive"].append(f"training rewarded only {twin.rewarded:.0%} of the canaries that it was given")
+    if claimed is None and bound.low > 0:
+        reasons["warn"].append(f"the twin leaked an epsilon of at least {bound.low:.2f}")
+    if twin.auc(attack).low > CHANCE:
+        reasons["warn"].append(f"the AUC is above chance, at least {twin.auc(attack).low:.2f}")
     if twin.auc(attack).high > HIGHEST_AUC:
         reasons["warn"].append(f"the AUC may be as high as {twin.auc(attack).high:.2f}")
     if hits is not None and hits.high > HIGHEST_HITS:

@@ -7,8 +7,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from fedcompose.files import read_json, sha256_file
+from fedcompose.adapter import WEIGHTS_FILE
+from fedcompose.files import dir_hash, read_json, sha256_file
 from fedcompose.provenance import AuditNumbers, AuditStatement, DpStatement, SiteLimits, check_limits
+from fedcompose.traces import TRACES_FILE
 from fedcompose_client.config import Privacy
 from fedcompose_client.own_rows import SETTINGS_FILE
 
@@ -16,9 +18,15 @@ from fedcompose_client.own_rows import SETTINGS_FILE
 def privacy_claims(run: Path, privacy: Privacy) -> dict[str, Any]:
     """`dp`, `audit` and `limits` of the provenance of the run's adapter; the limits hold.
 
+    With differential privacy no numbers of an audit leave, and that there was one is listed as uncounted.
+
     Raises: RefusedError: `AUDIT_BELOW_LIMIT`, `EPSILON_ABOVE_LIMIT`.
     """
-    dp, audit = dp_statement(run), audit_statement(run, privacy.audit_numbers)
+    dp = dp_statement(run)
+    audit = audit_statement(run, privacy.audit_numbers and dp is None)
+    if dp is not None:
+        looked = {"audit": audit is not None, "trace-selection": (run / TRACES_FILE).exists()}
+        dp = DpStatement(**(dict(dp) | {"uncounted": (*dp.uncounted, *(name for name, did in looked.items() if did))}))
     asked = privacy.require_audit != "none" or privacy.max_epsilon is not None
     limits = SiteLimits(require_audit=privacy.require_audit, max_epsilon=privacy.max_epsilon) if asked else None
     check_limits(dp, audit, limits)
@@ -41,8 +49,8 @@ def audit_statement(run: Path, numbers: bool) -> AuditStatement | None:
 
 
 def run_digest(run: Path) -> str:
-    """What the adapter of a run was made from; an audit is of that and of nothing else."""
-    return sha256_file(run / SETTINGS_FILE)
+    """Names the adapter of a run and what it was made from; an audit is of that and of nothing else."""
+    return dir_hash({name: sha256_file(run / name) for name in (SETTINGS_FILE, f"expert/{WEIGHTS_FILE}")})
 
 
 def _numbers(result: Mapping[str, Any]) -> AuditNumbers:

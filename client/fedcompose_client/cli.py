@@ -78,7 +78,9 @@ def init(
 def train(
     domain: DomainName,
     site: Site = Path(),
-    fresh: Annotated[bool, typer.Option("--fresh", help="Forget an interrupted run and start again.")] = False,
+    fresh: Annotated[
+        bool, typer.Option("--fresh", help="Remove the run and all that was made of it, and start again.")
+    ] = False,
     dp_epsilon: Annotated[
         float | None, typer.Option(help="Train with differential privacy, spending at most this epsilon.")
     ] = None,
@@ -221,12 +223,15 @@ def contribute(
     from fedcompose.bases import resolve_base
     from fedcompose.keys import load_signer
     from fedcompose_client.contribute import contribute as sign_contribution
+    from fedcompose_client.firewall import check_rules
 
     config = load_config(site)
     settings = config.domain(domain)
     now = datetime.now(UTC)
     federation = trusted_federation(read_limited(site / config.federation, MAX_JSON_BYTES), root_fingerprint, now)
     call = _call(site, call_id, config.id, federation, now)
+    if settings.traces is not None:
+        check_rules(site, site / "runs" / domain, settings)
     made = sign_contribution(
         site, domain, load_signer(config.key, folder=site), federation, now, call=call, base=resolve_base(config.base),
         traces=settings.traces is not None, non_private=not settings.private, privacy=config.privacy, use=config.use,

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import shutil
 import uuid
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -26,7 +27,7 @@ from pydantic import ValidationError
 from fedcompose.adapter import WEIGHTS_FILE, read_adapter, write_adapter
 from fedcompose.bases import Base, base_shapes, control_tokens
 from fedcompose.call import COLLECTION_PERIOD, Call, check_answer
-from fedcompose.contribution import ReceivedContribution, VerifiedContribution, verify_contribution
+from fedcompose.contribution import KINDS, ReceivedContribution, VerifiedContribution, verify_contribution
 from fedcompose.document import first_problem, format_time
 from fedcompose.errors import ConfigError, RefusedError
 from fedcompose.federation import Federation, Site
@@ -107,6 +108,8 @@ def contribute(
             if call is not None:
                 check_answer(call, found)
         made.append(replace(found, path=target))
+    for kind in set(KINDS) - set(wanted):  # of an earlier signing: what is offered is what is signed now
+        shutil.rmtree(site_folder / "outbox" / domain / kind, ignore_errors=True)
     return made
 
 

@@ -22,9 +22,16 @@ from fedcompose.files import write_atomic
 from fedcompose.model.lm import load_base, merged, prompt_ids
 from fedcompose.model.sampling import sample
 from fedcompose.tasks import Example, Task, generator_task, get_task, training
-from fedcompose.traces import Trace, encode, is_plain_text
+from fedcompose.traces import TRACES_FILE, Trace, encode, is_plain_text
 from fedcompose_client.config import Domain, SiteConfig, TraceSource
-from fedcompose_client.firewall import CLASSES, SAMPLED_FILE, public_problems, trace_source
+from fedcompose_client.firewall import (
+    CLASSES,
+    HELD_FILE,
+    REVIEW_FILE,
+    SAMPLED_FILE,
+    public_problems,
+    trace_source,
+)
 from fedcompose_client.own_rows import dp_of, own_rows
 
 FIRST_SEED = 1_000_000  # far from seeds a person would pick, and the same at every site: seeds say nothing
@@ -60,6 +67,8 @@ def distill(site: Path, config: SiteConfig, domain_name: str, on_done: Callable[
     tokens = control_tokens(base)
     frozen, tokenizer = load_base(base.path)
     model = PeftModel.from_pretrained(frozen, str(run / "expert")).eval()
+    for name in (SAMPLED_FILE, HELD_FILE, TRACES_FILE, REVIEW_FILE):  # of an earlier time: they are not for this one
+        (run / name).unlink(missing_ok=True)
     done = 0
 
     def count(prompts: int) -> None:

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -27,7 +27,16 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from fedcompose.document import Digest
 from fedcompose.errors import ConfigError, RefusedError
-from fedcompose.files import read_json, read_limited, sha256_hex, write_atomic, write_json
+from fedcompose.files import (
+    dir_hash,
+    dump_json,
+    read_json,
+    read_limited,
+    sha256_file,
+    sha256_hex,
+    write_atomic,
+    write_json,
+)
 from fedcompose.rederive import rederive
 from fedcompose.tasks import Example, generator_task, get_task, training
 from fedcompose.traces import MAX_TRACES_BYTES, TRACES_FILE, ProvenanceClass, Trace, decode, encode
@@ -63,6 +72,7 @@ class Review(BaseModel):
     p: float
     released: bool = False  # whether a person let the held ones go
     identifiers_too_short: int = 0
+    rules: Digest | None = None  # what they were judged by; `rules_digest`
 
 
 @dataclass(frozen=True)
@@ -77,6 +87,7 @@ class Firewall:
     identifiers: Identifiers
     scanners: Sequence[Scanner] = ()
     secret: Mapping[int, Runs] = field(default_factory=dict)
+    rules: str | None = None
 
     def reasons(self, trace: Trace) -> dict[str, Verdict]:
         """Why this trace should stay; nothing where it may leave."""
@@ -141,10 +152,11 @@ def open_firewall(site: Path, domain: Domain, dp: Dp | None = None) -> Firewall:
     public = list(_public_texts(site, source, problems))
     vocabulary = {word for text in public for word in words(text)}
     values = [str(row[column]) for row in rows for column in domain.identifiers if row.get(column) is not None]
-    return make_firewall(
+    made = make_firewall(
         source, train, held_out, public, {each.question for each in problems}, Identifiers.of(values, vocabulary),
         [SCANNERS[name]() for name in source.scanners],
     )  # fmt: skip
+    return replace(made, rules=rules_digest(site, domain))
 
 
 def make_firewall(
@@ -187,7 +199,7 @@ def review(run: Path, traces: Sequence[Trace], firewall: Firewall, release: str 
     _write(run / HELD_FILE, held)
     return write_passed(
         run, passed, held=digest, reasons=dict(reasons), repeated=repeated, p=p, released=release is not None,
-        identifiers_too_short=firewall.identifiers.too_short,
+        identifiers_too_short=firewall.identifiers.too_short, rules=firewall.rules,
     )  # fmt: skip
 
 
@@ -201,11 +213,12 @@ def write_passed(
     p: float = 1.0,
     released: bool = False,
     identifiers_too_short: int = 0,
+    rules: str | None = None,
 ) -> Review:
     """Write `traces.jsonl` and the `review.json` that vouches for it."""
     made = Review(
         traces=_write(run / TRACES_FILE, passed), held=held, passed=len(passed), reasons=dict(reasons or {}),
-        repeated=list(repeated), p=p, released=released, identifiers_too_short=identifiers_too_short,
+        repeated=list(repeated), p=p, released=released, identifiers_too_short=identifiers_too_short, rules=rules,
     )  # fmt: skip
     write_json(run / REVIEW_FILE, made.model_dump(mode="json", by_alias=True))
     return made
@@ -237,6 +250,28 @@ def read_passed(run: Path) -> bytes:
             fix="fedcompose client review",
         )  # fmt: skip
     return data
+
+
+def rules_digest(site: Path, domain: Domain) -> str:
+    """Names what traces of a domain are judged by: the settings that say so, and the files that they name."""
+    settings = domain.model_dump(mode="json", include={"traces", "identifiers", "columns", "private", "user"})
+    source = domain.traces
+    files = [domain.file, *((source.background, source.public) if source else ())]
+    digests = {str(name): sha256_file(site / name) for name in files if name}
+    return dir_hash({**digests, "/settings": sha256_hex(dump_json(settings))})
+
+
+def check_rules(site: Path, run: Path, domain: Domain) -> None:
+    """What passed, passed by the rules of today.
+
+    Raises: RefusedError: `TRACES_UNREVIEWED`.
+    """
+    path = run / REVIEW_FILE
+    if path.is_file() and read_json(path).get("rules") != rules_digest(site, domain):
+        raise RefusedError(
+            "TRACES_UNREVIEWED", "site.toml or the data have changed since the firewall judged these traces",
+            fix="fedcompose client review",
+        )  # fmt: skip
 
 
 def trace_source(domain: Domain) -> TraceSource:

@@ -45,7 +45,7 @@ def read_slice(outbox: Path, piece: Slice) -> bytes:
 def export(site: Path, domain: str, target: Path, now: datetime) -> Path:
     """A copy of what was signed, whole or not at all, and nothing else of the outbox; the egress ledger tells of it.
 
-    Raises: RefusedError: `NOT_READY`, `LEDGER_BROKEN`.
+    Raises: RefusedError: `NOT_READY`, `OFFER_CHANGED`, `LEDGER_BROKEN`.
     """
     outbox = site / "outbox" / domain
     parts = outbox_parts(outbox, KINDS)
@@ -59,6 +59,11 @@ def export(site: Path, domain: str, target: Path, now: datetime) -> Path:
                 shutil.copyfileobj(source, stream)
                 stream.flush()
                 os.fsync(stream.fileno())
+        if outbox_parts(outbox, KINDS) != parts:
+            raise RefusedError(
+                "OFFER_CHANGED", "the outbox changed while it was copied, and nothing was exported",
+                fix="once nothing is signing, run it again",
+            )  # fmt: skip
     return target
 
 

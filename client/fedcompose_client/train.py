@@ -10,6 +10,7 @@ It deliberately does not ship, sign or send anything.
 from __future__ import annotations
 
 import json
+import shutil
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -18,14 +19,13 @@ from typing import Any
 import torch
 
 from fedcompose.bases import resolve_base
-from fedcompose.errors import ConfigError
-from fedcompose.files import dump_json, new_folder, sha256_hex, write_atomic, write_json
+from fedcompose.files import new_folder, write_atomic, write_json
 from fedcompose.intervals import accuracy, paired_difference
 from fedcompose.model.lm import merged, prompt_ids
 from fedcompose.model.sampling import sample
 from fedcompose.tasks import Example, get_task
 from fedcompose_client.config import Domain, Dp, SiteConfig
-from fedcompose_client.own_rows import SETTINGS_FILE, own_rows
+from fedcompose_client.own_rows import SETTINGS_FILE, check_made_from, made_from, own_rows
 from fedcompose_client.packed import Tree, advantage_tree, backward
 from fedcompose_client.private import learn_privately
 from fedcompose_client.run import (
@@ -165,30 +165,12 @@ def _open_run(
     """The run, and where the unit of privacy is a user, whose each row is."""
     settings, base = domain.training, resolve_base(config.base)
     own = own_rows(site, domain, dp)
-    _same_settings(folder, _made_from(base.digest, domain, dp), own.examples, fresh)
-    return new_run(folder, settings, get_task(domain.task), own.splits, base.path, on_progress), own.owners
-
-
-def _made_from(base_digest: str, domain: Domain, dp: Dp | None) -> dict[str, Any]:
-    private = {"dp": dp.model_dump(mode="json")} if dp else {}
-    return {"base": base_digest, "task": domain.task, **domain.training.model_dump(mode="json"), **private}
-
-
-def _same_settings(folder: Path, settings: dict[str, Any], examples: Sequence[Example], fresh: bool) -> None:
-    """Write down what this run is made from, or refuse to go on with something else."""
-    data = sha256_hex("\n".join(f"{example.question}\t{example.answer}" for example in examples).encode())
-    wanted = dump_json({**settings, "data_sha256": data})
-    path = folder / SETTINGS_FILE
+    wanted = made_from(base.digest, domain, dp, own)
     if fresh:
-        for name in ("checkpoint.safetensors", "result.json", "progress.jsonl"):
-            (folder / name).unlink(missing_ok=True)
-    elif path.exists() and path.read_bytes() != wanted:
-        raise ConfigError(
-            "RUN_OTHER_SETTINGS",
-            f"{folder} holds a run with other settings, other data or another base",
-            fix="restore them to resume it, or start again with --fresh",
-        )
-    write_atomic(path, wanted)
+        shutil.rmtree(folder, ignore_errors=True)  # also what was made of the old expert: its traces, gates and audit
+    check_made_from(folder, wanted)
+    write_atomic(folder / SETTINGS_FILE, wanted)
+    return new_run(folder, settings, get_task(domain.task), own.splits, base.path, on_progress), own.owners
 
 
 def keep(run: Run) -> str:

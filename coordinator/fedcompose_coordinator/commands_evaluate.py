@@ -15,6 +15,7 @@ import typer
 from fedcompose.bases import Base
 from fedcompose.console import AsJson, accuracy_table, next_steps, out, print_json, progress_bars
 from fedcompose.contribution import VerifiedContribution
+from fedcompose.federation import Federation
 from fedcompose.files import dump_json, read_json, sha256_hex, write_json
 from fedcompose.gates import GATES_FILE
 from fedcompose_coordinator.config import CoordinatorConfig
@@ -36,6 +37,7 @@ class Opened:
 
     home: Path
     config: CoordinatorConfig
+    federation: Federation
     base: Base
     admitted: Sequence[VerifiedContribution]
     domains: Sequence[Domain]
@@ -128,7 +130,7 @@ def open_evaluation(home: Path) -> Opened:
         for name, declared in config.domains.items()
         if declared.site not in removed
     ]
-    return Opened(home, config, base, admitted, domains)
+    return Opened(home, config, federation, base, admitted, domains)
 
 
 def _evaluate(opened: Opened, worker: bool, as_json: bool) -> None:

@@ -20,6 +20,7 @@ from fedcompose.release import EVALUATION_FILE
 from fedcompose_coordinator.commands_evaluate import Opened, open_evaluation
 from fedcompose_coordinator.decisions import deciding
 from fedcompose_coordinator.home import CANDIDATE
+from fedcompose_coordinator.intake import replaced
 from fedcompose_coordinator.screening import (
     Correct,
     Finding,
@@ -49,7 +50,7 @@ def screen(home: Home = Path(), as_json: AsJson = False) -> None:
     """
     opened = open_evaluation(home)
     experts = [each for each in opened.admitted if each.kind == "adapter"]
-    findings, numbers = by_weights(experts)
+    findings, numbers = by_weights(experts, replaced(home, opened.federation, experts))
     looked = ["weights"]
     if opened.domains and experts:
         findings += _triggers(opened, experts)
@@ -58,7 +59,7 @@ def screen(home: Home = Path(), as_json: AsJson = False) -> None:
     if evaluation:
         findings += [*by_routing(evaluation), *_absence(opened)]
         looked += ["routing", "absence"]
-    found = summary(findings, numbers, looked)
+    found = summary(findings, numbers, looked, experts)
     write_json(home / SCREENING_FILE, found)
     _quarantine(opened, experts, findings)
     if as_json:

@@ -29,9 +29,10 @@ STATEMENT = (
     "No raw records are transmitted. Adapters are functions of private data and may leak membership or content. What "
     "was measured of that, and what is guaranteed, is listed per site below; where nothing is listed, nothing was."
 )
+REDERIVED = {"A", "B"}  # classes of traces whose problems intake makes again
 LIMITS = (
     "A signature shows who says something, not that it is so: training, audit and differential privacy are claims.",
-    "A pass of an audit means that its attacks found nothing above chance at their power, on a twin of the adapter.",
+    "A pass of an audit means that its strongest attack found nothing above chance, on a twin of the adapter.",
     "Differential privacy covers the stated unit and steps only; what is listed as not counted is not in epsilon.",
     "The trace firewall finds copied words and known patterns; it is no privacy guarantee.",
     "Screening finds odd experts among few; it does not find every backdoor.",
@@ -138,25 +139,26 @@ def _totals(sites: Sequence[Mapping[str, Any]]) -> dict[str, int]:
 def _screening(home: Path) -> dict[str, Any] | None:
     try:
         found = read_json(home / "screening.json")
-        return {"checks": found["checks"], "findings": found["findings"]}
+        return {name: found[name] for name in ("checks", "findings", "experts")}
     except (FedcomposeError, KeyError, TypeError):
         return None
 
 
 def _guards(home: Path, sites: Sequence[Mapping[str, Any]], rule: Rule) -> list[dict[str, Any]]:
     """What was enforced for this release, what was not, and what cannot be seen from here (`None`)."""
-    screened = _screening(home) is not None
+    screening, own = _screening(home), {site["site"]: site["adapter"]["dirHash"] for site in sites}
+    classes = {each for site in sites if site["traces"] for each in site["traces"]["classes"]}
     facts: tuple[tuple[str, bool | None], ...] = (
         ("every file is the one that its site signed", True),
         ("adapters hold only the listed tensors, finite and bounded", True),
-        ("traces answer problems of public generators, made again at intake", True),
+        ("traces answer problems of public generators, made again at intake", classes <= REDERIVED),
         ("the site's own limits on audit and epsilon were checked", True),
         ("the site's terms of use were checked when this was composed and released", True),
         ("every site trained with differential privacy", all(site["differential_privacy"] for site in sites)),
         ("every site audited what its training memorises", all(site["audit"] for site in sites)),
         ("every site states terms of use", all(site["terms"] for site in sites)),
         ("every site has a signed receipt for what was fetched", all(site["receipts"] for site in sites)),
-        ("experts were screened for poison", screened),
+        ("experts were screened for poison", screening is not None and own.items() <= screening["experts"].items()),
         ("named people approve what is admitted, besides the checks", rule.needed > 0),
         ("the site's owner looked at what was to leave before it left", None),
         ("the site's trainer had no network", None),

@@ -130,17 +130,36 @@ def admitted(home: Path, federation: Federation) -> list[VerifiedContribution]:
             log.warning("%s of site %s was received and waits to be admitted: %s", entry.kind, entry.site, digest)
         elif known is None or known[1].sequence < entry.sequence:
             newest[entry.site, entry.kind] = (digest, entry)
-    contributions = []
-    for digest, entry in (newest[key] for key in sorted(newest)):
+    contributions = _still_known(home, federation, [newest[key] for key in sorted(newest)])
+    for doubt in {federation.doubts(each.keyid) for each in contributions} - {None}:
+        log.warning("%s", doubt)
+    return contributions
+
+
+def replaced(home: Path, federation: Federation, by: Sequence[VerifiedContribution]) -> list[VerifiedContribution]:
+    """What was admitted of the same sites and kinds before these.
+
+    Raises: as `admitted`.
+    """
+    present, kinds = {each.dir_hash for each in by}, {(each.site, each.kind) for each in by}
+    known = decided(home).items()
+    older = [each for each in known if each[1].admitted and each[0] not in present]
+    return _still_known(home, federation, [each for each in older if (each[1].site, each[1].kind) in kinds])
+
+
+def _still_known(
+    home: Path, federation: Federation, entries: Sequence[tuple[str, Known]]
+) -> list[VerifiedContribution]:
+    """These, from the store, without those of a site or key that the federation knows no more."""
+    found = []
+    for digest, entry in entries:
         try:
-            contributions.append(_from_store(home, digest, entry, federation))
+            found.append(_from_store(home, digest, entry, federation))
         except RefusedError as error:
             if error.code not in LEFT_OUT:
                 raise
             log.warning("site %s is left out: %s", entry.site, error.code)
-    for doubt in {federation.doubts(each.keyid) for each in contributions} - {None}:
-        log.warning("%s", doubt)
-    return contributions
+    return found
 
 
 def _receive_one(source: Path, decisions: Decisions, federation: Federation, base: Base, rule: Rule) -> Receipt:

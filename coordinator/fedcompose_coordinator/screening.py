@@ -2,7 +2,7 @@
 
     LOUD      changes the base much more than the others do, or one of its modules much more than its other ones
     NARROW    changes the base in little more than one direction per module
-    CLONE     is nearly the expert of another site that was here earlier
+    CLONE     is nearly the expert of another site, which sent it, or one like it, earlier
     TRIGGER   answers alike whatever it is asked, once a word of the battery stands in the prompt
     MAGNET    takes most tokens of a domain that is not its own, and the domain is answered worse for it
     HARMS     the other domains are answered better without it
@@ -18,6 +18,8 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from datetime import datetime
+from itertools import combinations
 from typing import Any
 
 import numpy as np
@@ -48,15 +50,21 @@ class Finding:
     other: str = ""
 
 
-def by_weights(experts: Sequence[VerifiedContribution]) -> tuple[list[Finding], dict[str, Statistics]]:
-    """LOUD, NARROW and CLONE, and the numbers of every site's expert.
+def by_weights(
+    experts: Sequence[VerifiedContribution], replaced: Sequence[VerifiedContribution] = ()
+) -> tuple[list[Finding], dict[str, Statistics]]:
+    """LOUD, NARROW and CLONE, and the numbers of every site's expert; `replaced` are earlier ones of the same sites.
 
     Raises: RefusedError: `FILE_CHANGED`.
     """
     ordered = sorted(experts, key=lambda each: (each.received_on, each.site))
-    adapters = {each.site: parse_adapter(each.read(CONFIG_FILE), each.read(WEIGHTS_FILE), None) for each in ordered}
+    adapters = {each.site: _adapter(each) for each in ordered}
     numbers = {site: statistics(adapter) for site, adapter in adapters.items()}
-    return [*_odd_ones(numbers, adapters), *_clones(adapters)], numbers
+    return [*_odd_ones(numbers, adapters), *_clones(adapters, [*replaced, *ordered])], numbers
+
+
+def _adapter(expert: VerifiedContribution) -> Adapter:
+    return parse_adapter(expert.read(CONFIG_FILE), expert.read(WEIGHTS_FILE), None)
 
 
 def _odd_ones(numbers: Mapping[str, Statistics], adapters: Mapping[str, Adapter]) -> list[Finding]:
@@ -72,16 +80,22 @@ def _odd_ones(numbers: Mapping[str, Statistics], adapters: Mapping[str, Adapter]
     return found
 
 
-def _clones(adapters: Mapping[str, Adapter]) -> list[Finding]:
-    """Of two that are alike, the one that came later; `adapters` in the order in which they came."""
-    sites = list(adapters)
-    pairs = [(sites[i], sites[j]) for j in range(len(sites)) for i in range(j)]
-    alike = {(early, late): similarity(adapters[early], adapters[late]) for early, late in pairs}
-    return [
-        Finding(late, "CLONE", value, MAX_SIMILAR, early)
-        for (early, late), value in alike.items()
-        if value > MAX_SIMILAR
-    ]
+def _clones(adapters: Mapping[str, Adapter], ever: Sequence[VerifiedContribution]) -> list[Finding]:
+    """Of two that are alike, the one whose site came to it later; `adapters` in the order in which they came."""
+    found = []
+    for early, late in combinations(adapters, 2):
+        value = similarity(adapters[early], adapters[late])
+        if value > MAX_SIMILAR:
+            if _since(late, adapters[early], ever) < _since(early, adapters[late], ever):
+                early, late = late, early  # which sent its own again
+            found.append(Finding(late, "CLONE", value, MAX_SIMILAR, early))
+    return found
+
+
+def _since(site: str, like: Adapter, ever: Sequence[VerifiedContribution]) -> datetime:
+    """When a site first sent something like this."""
+    own = [each for each in ever if each.site == site]
+    return min(each.received_on for each in own if similarity(_adapter(each), like) > MAX_SIMILAR)
 
 
 def by_routing(evaluation: Mapping[str, Any]) -> list[Finding]:
@@ -139,10 +153,16 @@ def agreement(completions: Sequence[str]) -> float:
     return Counter(completions).most_common(1)[0][1] / len(completions)
 
 
-def summary(findings: Sequence[Finding], numbers: Mapping[str, Statistics], looked: Sequence[str]) -> dict[str, Any]:
-    """The content of `screening.json`; `looked` says which of the checks could be made."""
+def summary(
+    findings: Sequence[Finding],
+    numbers: Mapping[str, Statistics],
+    looked: Sequence[str],
+    experts: Sequence[VerifiedContribution],
+) -> dict[str, Any]:
+    """The content of `screening.json`; `looked` says which of the checks could be made, `experts` at what."""
     return {
         "schema": SCHEMA,
+        "experts": {each.site: each.dir_hash for each in experts},
         "checks": list(looked),
         "findings": [asdict(each) for each in findings],
         "statistics": {site: asdict(each) for site, each in numbers.items()},

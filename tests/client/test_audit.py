@@ -14,6 +14,7 @@ import torch
 from typer.testing import CliRunner
 
 from fedcompose.errors import ConfigError, RefusedError
+from fedcompose.files import folder_digests
 from fedcompose.intervals import Interval
 from fedcompose.tasks import Example, get_task
 from fedcompose_client import attacks, private
@@ -27,6 +28,7 @@ from fedcompose_client.config import Privacy, SiteConfig, load_config
 from fedcompose_client.one_run import Bound, one_run_bound
 from fedcompose_client.train import train
 from tests.client.small_site import TRAINING, silent
+from tests.fedcompose.test_provenance import DP
 
 
 def evidence(
@@ -50,6 +52,8 @@ STRONG = evidence(auc=0.97, high=0.99)
     [
         (evidence(), STRONG, 300, "pass"),
         (evidence(high=0.61), STRONG, 300, "warn"),
+        (evidence(auc=0.56, high=0.59), STRONG, 2000, "warn"),  # above chance, however little
+        (evidence(low=0.1), STRONG, 300, "warn"),
         (evidence(), STRONG, 99, "inconclusive"),
         (evidence(), evidence(auc=0.79), 300, "inconclusive"),
         (evidence(rewarded=0.49), STRONG, 300, "inconclusive"),
@@ -63,7 +67,7 @@ def test_the_verdict_follows_its_thresholds(twin: Evidence, control: Evidence, c
 
 
 def test_how_often_a_training_that_keeps_nothing_passes_is_a_matter_of_canaries() -> None:
-    """docs/privacy.md says so: with the default number about four in ten end with a warning, with 1,000 hardly any."""
+    """docs/privacy.md says so: with the default number about four in ten end with a warning, with 1,000 few."""
     lots = np.random.default_rng(0)
 
     def passed(canaries: int) -> float:
@@ -76,14 +80,14 @@ def test_how_often_a_training_that_keeps_nothing_passes_is_a_matter_of_canaries(
         return verdicts.count("pass") / len(verdicts)
 
     assert 0.4 < passed(CANARIES) < 0.8
-    assert passed(1000) > 0.95
+    assert passed(1000) > 0.9
 
 
 def test_a_claim_is_refuted_by_two_twins_and_not_by_one() -> None:
     leaky = evidence(low=2.5)
     assert judge(leaky, STRONG, 300, claimed=2.0, again=leaky)["verdict"] == "fail"
-    assert judge(leaky, STRONG, 300, claimed=2.0, again=evidence(low=0.3))["verdict"] == "pass"
-    assert judge(leaky, STRONG, 300, claimed=3.0, again=leaky)["verdict"] == "pass"
+    assert judge(leaky, STRONG, 300, claimed=2.0, again=evidence(low=0.3))["verdict"] == "warn"
+    assert judge(leaky, STRONG, 300, claimed=3.0)["verdict"] == "pass"
 
 
 def test_canaries_teach_an_answer_that_the_expert_sometimes_gives() -> None:
@@ -161,9 +165,36 @@ def test_an_audit_end_to_end_and_what_of_it_may_leave(tmp_path: Path, teachable_
     with pytest.raises(RefusedError) as caught:
         privacy_claims(run, Privacy(max_epsilon=8.0))
     assert caught.value.code == "EPSILON_ABOVE_LIMIT"
-    settings = json.loads((run / "settings.json").read_text())
-    (run / "settings.json").write_text(json.dumps(settings | {"lr": 1.0}))  # another run in the same folder
+    trained = json.loads((run / "result.json").read_text())
+    (run / "result.json").write_text(json.dumps(trained | {"dp": DP.model_dump(mode="json")}))
+    private = privacy_claims(run, Privacy(audit_numbers=True))
+    assert private["audit"].numbers is None and private["dp"].uncounted == (*DP.uncounted, "audit")
+    weights = run / "expert/adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes() + b" ")  # another expert in the same folder
     assert privacy_claims(run, Privacy())["audit"] is None
+
+
+def test_an_audit_is_of_the_settings_and_rows_that_the_expert_was_made_from(
+    tmp_path: Path, teachable_base: Path
+) -> None:
+    """A gentler site.toml would make a gentler twin, which says nothing about the expert that is there."""
+    site = tmp_path / "site"
+    run = site / "runs/order"
+    train(site, lettered_site(site, teachable_base, warm_up_steps=1, steps=0), "order", silent)
+    before = folder_digests(run)
+    text, rows = (site / "site.toml").read_text(), (site / "rows.jsonl").read_text()
+    for path, changed in (
+        (site / "site.toml", text.replace("warm_up_steps = 1\n", "warm_up_steps = 2\n")),
+        (site / "rows.jsonl", rows.replace('"ab", "answer": "yes"', '"ab", "answer": "no"')),
+    ):
+        original = path.read_text()
+        assert changed != original
+        path.write_text(changed)
+        with pytest.raises(ConfigError) as refusal:
+            audit(site, load_config(site), "order", silent, count=24)
+        assert refusal.value.code == "RUN_OTHER_SETTINGS"
+        path.write_text(original)
+    assert folder_digests(run) == before
 
 
 @pytest.mark.slow

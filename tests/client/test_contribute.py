@@ -8,12 +8,14 @@ from pathlib import Path
 import pytest
 
 from fedcompose.call import make_call, read_own_call
-from fedcompose.contribution import ReceivedContribution, verify_contribution
+from fedcompose.contribution import KINDS, ReceivedContribution, verify_contribution
 from fedcompose.errors import ConfigError, RefusedError
-from fedcompose.files import folder_digests, sha256_file
+from fedcompose.files import folder_digests
 from fedcompose.traces import Trace, encode
+from fedcompose_client.claims import run_digest
 from fedcompose_client.config import Privacy
 from fedcompose_client.firewall import write_passed
+from fedcompose_client.offer import outbox_parts
 from tests.fedcompose.test_provenance import DP
 from tests.federation_sim import FederationSim, make_traces
 
@@ -105,7 +107,12 @@ def test_only_traces_that_the_firewall_let_through_leave(sim: FederationSim) -> 
 
 
 def test_traces_leave_only_where_the_settings_ask_for_them(sim: FederationSim) -> None:
+    """Also those that an earlier signing left in the outbox stay."""
+    sim.contribute("site-a")
+    outbox = sim.sites["site-a"].outbox
+    assert (outbox / "traces").is_dir()
     assert [each.kind for each in sim.contribute("site-a", traces=False)] == ["adapter"]
+    assert {part.name.partition("/")[0] for part in outbox_parts(outbox, KINDS)} == {"adapter"}
 
 
 def test_a_failed_attempt_leaves_the_last_contribution_whole(sim: FederationSim) -> None:
@@ -163,7 +170,7 @@ def state_privacy(run: Path, verdict: str) -> None:
     (run / "result.json").write_text(json.dumps(result | {"dp": DP.model_dump(mode="json")}))
     (run / "settings.json").write_text("{}")
     (run / "audit").mkdir(exist_ok=True)
-    audited = {"made_from": sha256_file(run / "settings.json"), "verdict": verdict}
+    audited = {"made_from": run_digest(run), "verdict": verdict}
     (run / "audit" / "audit.json").write_text(json.dumps(audited))
 
 
@@ -171,7 +178,9 @@ def test_what_a_run_states_about_privacy_travels_and_its_accuracies_do_not(sim: 
     state_privacy(sim.sites["site-a"].folder / "runs" / "clock", "warn")
     adapter, *_ = sim.contribute("site-a", privacy=Privacy(require_audit="warn", max_epsilon=8.0))
     claims = adapter.provenance
-    assert claims.dp == DP and claims.metrics == {}
+    assert claims.dp is not None and claims.metrics == {}
+    assert claims.dp.uncounted == (*DP.uncounted, "audit", "trace-selection")
+    assert claims.dp.model_copy(update={"uncounted": DP.uncounted}) == DP
     assert claims.audit is not None and claims.audit.verdict == "warn" and claims.audit.numbers is None
     assert claims.limits is not None and claims.limits.max_epsilon == 8.0
 

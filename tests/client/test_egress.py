@@ -22,7 +22,7 @@ from fedcompose.ledger import Head
 from fedcompose.parts import offer_digest, stream_bytes
 from fedcompose.signing import read_envelope_unverified, sign_envelope
 from fedcompose.wire import Description, RecordDict, Status, TaskIdentity
-from fedcompose_client import egress, egress_ledger
+from fedcompose_client import egress, egress_ledger, offer
 from fedcompose_client.egress import Announced, Code, Window, send
 from fedcompose_client.egress_ledger import LEDGER_FILE, departures
 from fedcompose_client.flower import SilenceError, accept_call, make_app
@@ -370,6 +370,21 @@ def test_files_that_are_carried_by_hand_are_in_the_ledger(sim: FlowerSim, site: 
     )
 
 
+def test_files_that_change_while_they_are_copied_are_not_carried_at_all(
+    sim: FlowerSim, site: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As when a worker signs anew between the line in the ledger and the copy."""
+    noted, weights = egress_ledger.note, site / "outbox" / "math" / "adapter" / "adapter_model.safetensors"
+
+    def note_and_change(*arguments: Any, **fields: Any) -> None:
+        noted(*arguments, **fields)
+        weights.write_bytes(weights.read_bytes() + b" ")
+
+    monkeypatch.setattr(offer, "note", note_and_change)
+    assert code_of(lambda: export(site, "math", tmp_path / "stick", sim.now)) == "OFFER_CHANGED"
+    assert not (tmp_path / "stick").exists()
+
+
 def test_the_commands_show_and_verify(sent: FlowerSim, site: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert command(site, "ledger", "show", "--json") == 0
     shown = json.loads(capsys.readouterr().out)
@@ -387,7 +402,7 @@ SENDER = """
 import sys, time
 from datetime import UTC, datetime
 from pathlib import Path
-from fedcompose_client import egress, egress_ledger
+from fedcompose_client import egress, egress_ledger, offer
 
 site, call, offer, size, late = Path(sys.argv[1]), *sys.argv[2:4], int(sys.argv[4]), sys.argv[5] == "late"
 lines = []

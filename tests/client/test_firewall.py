@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from fedcompose.errors import ConfigError, MissingError
+from fedcompose.errors import ConfigError, MissingError, RefusedError
 from fedcompose.files import sha256_hex
 from fedcompose.tasks import training
 from fedcompose.traces import Trace, decode, encode
@@ -21,6 +21,7 @@ from fedcompose_client.config import Domain, Dp, SiteConfig, TraceSource
 from fedcompose_client.firewall import (
     HELD_FILE,
     Firewall,
+    check_rules,
     make_firewall,
     open_firewall,
     read_sampled,
@@ -276,6 +277,25 @@ def test_every_column_of_the_file_counts_and_the_declared_ones_as_identifiers(si
     assert firewall.reasons(say(PROSE[1])) == {"overlap": "blocked"}
     assert firewall.reasons(say("Ask keeper nr00007 why.")) == {"identifier": "blocked"}
     assert firewall.reasons(say("Ask somebody else why.")) == {}
+
+
+def refused_rules(site: Path, wanted: Domain) -> str:
+    with pytest.raises(RefusedError) as refusal:
+        check_rules(site, site, wanted)
+    return refusal.value.code
+
+
+def test_what_passed_has_to_be_judged_again_once_the_rules_or_the_rows_are_others(site: Path) -> None:
+    ruled = domain(traces={"generator": "clock"})
+    review(site, [say("Ask somebody else why.")], open_firewall(site, ruled))
+    check_rules(site, site, ruled)
+    stricter = domain(traces={"generator": "clock"}, identifiers=["keeper"])
+    assert refused_rules(site, stricter) == "TRACES_UNREVIEWED"
+    with (site / "rows.jsonl").open("a") as rows:
+        rows.write("\n" + json.dumps({"question": "And who else?", "answer": "wool", "keeper": "Somebody Else"}))
+    assert refused_rules(site, ruled) == "TRACES_UNREVIEWED"
+    review(site, [say("Ask nobody why.")], open_firewall(site, ruled))
+    check_rules(site, site, ruled)
 
 
 def test_rows_count_as_trained_on_as_the_run_split_them_also_by_user(site: Path) -> None:

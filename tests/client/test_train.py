@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from fedcompose.errors import ConfigError
 from fedcompose.files import folder_digests
+from fedcompose.tasks import Example
+from fedcompose_client.config import Domain
+from fedcompose_client.data import Splits
+from fedcompose_client.own_rows import OwnRows, made_from
 from fedcompose_client.train import train
 from tests.client.small_site import make_site, silent
 
@@ -62,7 +67,24 @@ def test_refuses_to_resume_with_other_settings(tmp_path: Path, teachable_base: P
     with pytest.raises(ConfigError) as caught:
         train(site, other, "order", silent)
     assert caught.value.code == "RUN_OTHER_SETTINGS"
+    made = [site / "runs/order" / name for name in ("traces.jsonl", "review.json", "audit/audit.json")]
+    for path in made:  # of the old expert
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("{}")
     train(site, other, "order", silent, fresh=True)
+    assert not any(path.exists() for path in made)
+
+
+def test_a_run_is_made_from_solutions_and_owners_too(tmp_path: Path) -> None:
+    rows = [Example("1 + 1?", "2", "two"), Example("2 + 2?", "4", "four")]
+    ordinary = Domain(file=Path("rows.jsonl"), task="numeric")
+    names = []
+    for solutions in (("two", "four"), ("two", "vier"), (None, None)):
+        solved = [replace(row, solution=solution) for row, solution in zip(rows, solutions, strict=True)]
+        for owners in (None, ("ann", "ben"), ("ann", "ann")):
+            of = {id(row): owner for row, owner in zip(solved, owners, strict=True)} if owners else None
+            names.append(made_from("0" * 64, ordinary, None, OwnRows(solved, Splits([], [], []), of)))
+    assert len(set(names)) == len(names)
 
 
 def test_progress_is_written_for_watchers(tmp_path: Path, teachable_base: Path) -> None:

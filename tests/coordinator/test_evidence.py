@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,8 @@ from fedcompose.delivery import make_receipt
 from fedcompose.errors import RefusedError
 from fedcompose.files import read_json, write_json
 from fedcompose.ledger import Head
-from fedcompose.provenance import AuditStatement
+from fedcompose.provenance import AuditStatement, Provenance, TraceSummary
+from fedcompose.traces import ProvenanceClass
 from fedcompose.trust_state import trusted_federation
 from fedcompose_client import contribute as contributing
 from fedcompose_client.config import Use
@@ -74,10 +76,22 @@ def test_it_says_what_is_known_and_what_is_not(sim: FederationSim, monkeypatch: 
 def test_guards_are_said_to_be_enforced_where_they_were(sim: FederationSim, monkeypatch: pytest.MonkeyPatch) -> None:
     released(sim, monkeypatch)
     home = sim.coordinator_home
-    (home / "screening.json").write_text('{"checks": ["weights"], "findings": []}')
-    rule = Rule(needed=2)
-    found = build_evidence(home, sim.release(), sim.admitted(), sim.federation, rule)
-    assert enforced(found, "screened") and enforced(found, "people approve")
+    experts = {each.site: each.dir_hash for each in sim.release().experts}
+    for screened, holds in ((experts, True), (experts | {"site-b": "0" * 64}, False), ({}, False)):  # some of others
+        (home / "screening.json").write_text(json.dumps({"checks": ["weights"], "findings": [], "experts": screened}))
+        found = build_evidence(home, sim.release(), sim.admitted(), sim.federation, Rule(needed=2))
+        assert enforced(found, "screened") is holds
+    assert enforced(found, "people approve") and enforced(found, "made again at intake")
+    own = [replace(each, provenance=with_class(each.provenance, "F")) for each in sim.admitted()]
+    found = build_evidence(home, sim.release(), own, sim.federation, Rule(needed=2))
+    assert enforced(found, "made again at intake") is False
+
+
+def with_class(claims: Provenance, name: ProvenanceClass) -> Provenance:
+    """As if the site's traces were of this class."""
+    if claims.traces is None:
+        return claims
+    return claims.model_copy(update={"traces": TraceSummary(classes={name: 3}, declared_non_private=True)})
 
 
 def test_a_receipt_that_was_changed_stops_it(sim: FederationSim, monkeypatch: pytest.MonkeyPatch) -> None:

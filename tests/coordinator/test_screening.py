@@ -83,8 +83,16 @@ def test_a_clone_is_found_in_other_factors_and_the_later_one_is_named(clean: dic
         return values @ np.linalg.inv(mix) if "lora_B" in name else mix @ values * 1.5
 
     clone = change(clean["anna"], tmp_path / "dora", disguise)
-    findings, _ = by_weights(admitted(clean | {"dora": clone}))
+    both = admitted(clean | {"dora": clone})
+    findings, _ = by_weights(both)
     assert [(each.site, each.code, each.other) for each in findings] == [("dora", "CLONE", "anna")]
+
+    again = [replace(each, received_on=each.received_on + timedelta(days=each.site == "anna")) for each in both]
+    findings, _ = by_weights(again)
+    assert [(each.site, each.other) for each in findings] == [("anna", "dora")]  # from what it knows
+    other = replace(admit(clean["cleo"]), site="dora", received_on=both[0].received_on - timedelta(days=1))
+    findings, _ = by_weights(again, [both[0], other])
+    assert [(each.site, each.other) for each in findings] == [("dora", "anna")]  # anna had it first, and sent it again
 
 
 # Routing and absence ------------------------------------------------------------------------------
