@@ -112,6 +112,7 @@ class Domain(Settings):
     columns: Columns = Columns()
     traces: TraceSource | None = None
     training: Training = Training()
+    dp: Dp | None = None  # where `train` is given no other by its options
 
 
 class Calls(Settings):

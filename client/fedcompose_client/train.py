@@ -52,10 +52,13 @@ def train(
 ) -> dict[str, Any]:
     """Train to the end, or go on where an interrupted run stopped; returns what `result.json` holds.
 
+    `dp` asks for another differential privacy than the domain's settings do.
+
     Raises: ConfigError: `RUN_OTHER_SETTINGS` when the folder holds a run with other settings or data; with `dp`,
         `DP_UNSOUND` and `DP_EPSILON` where the guarantee cannot be given.
     """
     domain = config.domain(domain_name)
+    dp = dp or domain.dp
     run, owners = _open_run(site / "runs" / domain_name, site, config, domain, on_progress, fresh, dp)
     if run.progress.stage == "done":
         return dict(json.loads((run.folder / "result.json").read_text()))

@@ -173,13 +173,17 @@ def known_noise(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(private, "epsilon_of", lambda *_: 7.5)
 
 
+@pytest.mark.parametrize("asked_by", ["options", "settings"])  # as site.toml does when a call is worked on
 def test_a_private_run_ends_with_an_expert_and_a_statement(
-    tmp_path: Path, teachable_base: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, teachable_base: Path, monkeypatch: pytest.MonkeyPatch, asked_by: str
 ) -> None:
     known_noise(monkeypatch)
     site = tmp_path / "site"
     config = make_site(site, teachable_base, warm_up_steps=6, steps=3)
-    result = train(site, config, "order", silent, dp=Dp(epsilon=8.0, delta=1e-3))
+    asked = Dp(epsilon=8.0, delta=1e-3)
+    domain = config.domain("order").model_copy(update={"dp": asked if asked_by == "settings" else None})
+    settled = config.model_copy(update={"domains": {"order": domain}})
+    result = train(site, settled, "order", silent, dp=asked if asked_by == "options" else None)
     assert result["kept"] == "rlvr" and result["validation"] == {}  # nothing was chosen by private rows
     assert result["dp"]["unit"] == "prompt" and result["dp"]["epsilon"] <= 8.0
     assert [phase["steps"] for phase in result["dp"]["phases"]] == [6, 3]
