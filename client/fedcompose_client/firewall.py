@@ -19,6 +19,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -32,7 +33,7 @@ from fedcompose.rederive import rederive
 from fedcompose.tasks import Example, generator_task, get_task, training
 from fedcompose.traces import MAX_TRACES_BYTES, TRACES_FILE, ProvenanceClass, Trace, decode, encode
 from fedcompose_client.config import Domain, Dp, TraceSource
-from fedcompose_client.data import read_examples, read_rows
+from fedcompose_client.data import read_examples, read_rows, require_columns
 from fedcompose_client.overlap import Runs, all_runs, excess_p, repeated_rows, runs, shares_a_run, words
 from fedcompose_client.own_rows import OwnRows, own_rows
 from fedcompose_client.personal import SCANNERS, Identifiers, Scanner, blocked_patterns, doubtful_patterns
@@ -135,12 +136,13 @@ def open_firewall(site: Path, domain: Domain, dp: Dp | None = None) -> Firewall:
     Raises: ConfigError: `TRACES_OFF`, `PUBLIC_CHANGED`, and those of reading. MissingError: `PACKAGE_MISSING`.
     """
     source = trace_source(domain)
-    rows = read_rows(site / domain.file, domain.columns.named().values())
+    rows = read_rows(site / domain.file, [*domain.columns.named().values(), *domain.identifiers])
+    require_columns(site / domain.file, rows[0], domain.identifiers)
     train, held_out = _by_split([_texts(row) for row in rows], own_rows(site, domain, dp))
     problems = public_problems(site, domain)
     public = list(_public_texts(site, source, problems))
     vocabulary = {word for text in public for word in words(text)}
-    values = [str(row[column]) for row in rows for column in domain.identifiers if row.get(column) is not None]
+    values = [text for row in rows for column in domain.identifiers for text in _as_written(row[column])]
     return make_firewall(
         source, train, held_out, public, {each.question for each in problems}, Identifiers.of(values, vocabulary),
         [SCANNERS[name]() for name in source.scanners],
@@ -315,6 +317,14 @@ def _by_split(rows: Sequence[Row], own: OwnRows) -> tuple[list[Row], list[Row]]:
 def _texts(row: Mapping[str, object]) -> list[str]:
     """Every column of a row as text, columns nobody named included."""
     return [str(value) for value in row.values() if value is not None]
+
+
+def _as_written(value: object) -> Iterator[str]:
+    """How a value may stand in the file: reading makes a time of a date, and a fraction of a number."""
+    if isinstance(value, datetime):
+        yield value.date().isoformat()
+    if value is not None:
+        yield str(int(value) if isinstance(value, float) and value.is_integer() else value)
 
 
 def _write(path: Path, traces: Sequence[Trace]) -> str | None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import random
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from datetime import datetime, timedelta
 from pathlib import Path
 
 import pytest
@@ -276,6 +278,48 @@ def test_every_column_of_the_file_counts_and_the_declared_ones_as_identifiers(si
     assert firewall.reasons(say(PROSE[1])) == {"overlap": "blocked"}
     assert firewall.reasons(say("Ask keeper nr00007 why.")) == {"identifier": "blocked"}
     assert firewall.reasons(say("Ask somebody else why.")) == {}
+
+
+def write_rows(path: Path, rows: Sequence[dict[str, object]]) -> None:
+    """In the format that the suffix says, as others' tools write it."""
+    if path.suffix == ".parquet":
+        import pyarrow
+        import pyarrow.parquet
+
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(list(rows)), path)
+    elif path.suffix == ".csv":
+        with path.open("w", newline="") as stream:
+            writer = csv.DictWriter(stream, list(rows[0]))
+            writer.writeheader()
+            writer.writerows(rows)
+    else:
+        path.write_text("\n".join(json.dumps(row, default=str) for row in rows))
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".jsonl", ".parquet"])
+def test_identifiers_are_looked_for_as_they_stand_in_the_file(tmp_path: Path, suffix: str) -> None:
+    born = datetime(1970, 3, 12)
+    rows: list[dict[str, object]] = [
+        {"question": f"Why is sheep {n} grey?", "answer": "wool", "record": f"00{123400 + n}",
+         "phone": f"0{30_440_000 + n}",
+         "born": born + timedelta(n) if suffix == ".parquet" else str(born.date() + timedelta(n)),
+         "case": None if n == 9 else float(7_700_000 + n) if suffix == ".parquet" else 7_700_000 + n}
+        for n in range(60)
+    ]  # fmt: skip
+    write_rows(tmp_path / f"rows{suffix}", rows)
+    columns = ["record", "phone", "born", "case"]
+    firewall = open_firewall(tmp_path, domain(file=f"rows{suffix}", traces={"generator": "clock"}, identifiers=columns))
+    for told in ("record 00123456", "call 030 440 017", "born on 1970-03-15", "case 7700003"):
+        assert firewall.reasons(say(told))["identifier"] == "blocked"
+    assert firewall.reasons(say("record 00123999, case 7800000.5, 1234 + 56 = 1290")) == {}
+    assert firewall.reasons(say("born on 1980-03-15")) == {"date": "held"}
+
+
+@pytest.mark.parametrize("column", ["keepr", "Keeper"])
+def test_an_identifier_column_that_the_file_lacks_is_refused(site: Path, column: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        open_firewall(site, domain(traces={"generator": "clock"}, identifiers=[column]))
+    assert error.value.code == "DATA_COLUMN" and column in error.value.what and "'keeper'" in str(error.value.got)
 
 
 def test_rows_count_as_trained_on_as_the_run_split_them_also_by_user(site: Path) -> None:
