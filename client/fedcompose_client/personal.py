@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import re
+import unicodedata
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import Any
 
@@ -20,8 +21,13 @@ MIN_PART_CHARS = 4  # of a word of an identifier that is looked for by itself
 MIN_SCORE = 0.4  # of presidio's; it is certain at 1, where a form has a check that holds
 MAX_PERMUTED_WORDS = 3  # names are also looked for in another order of their words
 
-_CARD = re.compile(r"(?<![\d.])[2-6]\d{3}(?:[ -]?\d){9,15}(?![\d.])")
-_IBAN = re.compile(r"\b[A-Z]{2}\d{2}(?: ?[A-Z0-9]){11,30}\b")
+# One pattern for each length, looked for at every place: what follows a number must not hide it.
+_CARD = [
+    re.compile(rf"(?<!\d)(?<!\d\.)(?=((?:2[2-7]|[3-6]\d)\d\d(?:[ -]?\d){{{length - 4}}})(?!\.?\d))")
+    for length in range(13, 20)
+]  # no card begins as the years from 2000 on do, which stand in rows
+_IBAN = [re.compile(rf"\b(?=([A-Z]{{2}}\d{{2}}(?:[ -]?[A-Z0-9]){{{length - 4}}})\b)") for length in range(15, 35)]
+_PLAIN = {"Zs": " ", "Pd": "-", "Cf": ""}  # by Unicode's category
 _BLOCKED = {
     "email": re.compile(r"\b[\w.+-]+@[\w-]+(?:\.[\w-]+)+\b"),
     "ssn": re.compile(r"(?<![\d-])(?!000|666|9)\d{3}-(?!00)\d{2}-(?!0000)\d{4}(?![\d-])"),
@@ -37,7 +43,7 @@ _DOUBTFUL = {
     ),
     "date": re.compile(r"\b(?:19|20)\d\d-\d\d?-\d\d?\b|\b\d\d?[./-]\d\d?[./-](?:19|20)\d\d\b"),
     "url": re.compile(r"\bhttps?://|\bwww\."),
-    "address": re.compile(r"(?<![\d.])(?:\d{1,3}\.){3}\d{1,3}(?![\d.])"),
+    "address": re.compile(r"(?<!\d)(?<!\d\.)(?:\d{1,3}\.){3}\d{1,3}(?!\.?\d)"),
 }
 
 
@@ -82,16 +88,18 @@ class Identifiers:
 
 def blocked_patterns(text: str) -> Iterator[str]:
     """The names of the patterns in the text that nothing public has."""
-    yield from (name for name, pattern in _BLOCKED.items() if pattern.search(text))
-    if any(_passes_luhn(match[0]) for match in _CARD.finditer(text)):
+    plain = _plain(text)
+    yield from (name for name, pattern in _BLOCKED.items() if pattern.search(plain))
+    if any(_passes_luhn(match[1]) for pattern in _CARD for match in pattern.finditer(plain)):
         yield "card"
-    if any(_passes_mod_97(match[0]) for match in _IBAN.finditer(text)):
+    if any(_passes_mod_97(match[1]) for pattern in _IBAN for match in pattern.finditer(plain)):
         yield "iban"
 
 
 def doubtful_patterns(text: str) -> Iterator[str]:
     """The names of the patterns in the text that a person should look at."""
-    yield from (name for name, pattern in _DOUBTFUL.items() if pattern.search(text))
+    plain = _plain(text)
+    yield from (name for name, pattern in _DOUBTFUL.items() if pattern.search(plain))
 
 
 Scanner = Callable[[str], Mapping[str, bool]]  # what was found, and whether it is certain
@@ -163,11 +171,17 @@ def _spellings(value: list[str]) -> Iterator[str]:
         yield from map("".join, orders)
 
 
+def _plain(text: str) -> str:
+    """The text with one form of every character, one kind of space and of dash, and none that are not seen."""
+    composed = unicodedata.normalize("NFKC", text)
+    return "".join(_PLAIN.get(unicodedata.category(each), each) for each in composed)
+
+
 def _passes_luhn(text: str) -> bool:
     digits = [int(each) for each in text if each.isdigit()][::-1]
     return (sum(digits[::2]) + sum(sum(divmod(2 * each, 10)) for each in digits[1::2])) % 10 == 0
 
 
 def _passes_mod_97(text: str) -> bool:
-    plain = text.replace(" ", "")
+    plain = text.replace(" ", "").replace("-", "")
     return int("".join(str(int(each, 36)) for each in plain[4:] + plain[:4])) % 97 == 1
