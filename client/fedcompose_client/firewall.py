@@ -5,8 +5,8 @@ bound to the review by its digest in `review.json`; `held.jsonl`, what a person 
 
     blocked   a class that site.toml does not ask for; a question or an answer that is not what its class says;
               13 words in a row of a private row; an identifier; a mail address, card, account or secret
-    held      8 words in a row of a private row; a word of an identifier; a phone number, date, URL or IP address;
-              everything, where trained rows are repeated more often than rows that were kept out of training
+    held      8 words in a row of a private row; a word or number of an identifier; a phone number, date, URL or
+              IP address; everything, where trained rows are repeated more often than rows kept out of training
     passed    the rest
 
 Phrases that are public are nobody's: those of the trace's own question, of the declared generator's problems, and of

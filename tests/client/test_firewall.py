@@ -102,6 +102,38 @@ def test_a_name_is_found_in_another_order_and_its_parts_are_held() -> None:
     assert firewall.identifiers.too_short == 1
 
 
+@pytest.mark.parametrize(
+    ("known", "text", "verdict"),
+    [
+        ("12345678", "see MRN12345678", "blocked"),
+        ("12345678", "see MRN912345678 or 1234 and 5679", None),
+        ("MRN-12345678", "see 12345678, or No12345678", "held"),
+        ("MRN12345678", "see 12345678", "held"),
+        ("MRN-123-45-678", "see 12345678", "held"),
+        ("MRN-12345678", "16 - 3 = 13, 1234 * 5678 = 7006652, and 123456789 is more", None),
+        ("Ward 7, bed 2000", "2000 - 7 = 1993", None),
+        ("Jens Sørensen", "ask Jens Sorensen, or jens soerensen", "blocked"),
+        ("Anna Müller", "ask anna mueller", "blocked"),
+        ("Anna Mueller", "ask Anna M\u00fcller", "blocked"),
+        ("Anna Mueller", "ask Anna Mu\u0308ller", "blocked"),
+        ("Anna Müller", "Mueller said it", "held"),
+        ("Anna Müller", "the mule is true blue", None),
+        ("Anna Lindqvist", "ask Anna Lind\u00adqvist", "blocked"),
+        ("王小明", "今天王小明来了", "blocked"),
+        ("王小明", "今天小王来了,明天也来", None),
+        ("김철수", "김철수는 왔다", "blocked"),
+        ("김철수", "철수는 김치를 먹었다", None),
+    ],
+)
+def test_identifiers_are_found_as_people_write_them(known: str, text: str, verdict: str | None) -> None:
+    found = wall(known=[known]).reasons(say(text))
+    assert found.get("identifier", found.get("part_of_identifier")) == verdict
+
+
+def test_only_identifiers_that_are_too_short_for_their_script_are_counted() -> None:
+    assert Identifiers.of(["Al", "王", "王明", "A王", "Noel", "", "123"], set()).too_short == 4
+
+
 # Overlap ------------------------------------------------------------------------------------------
 
 
