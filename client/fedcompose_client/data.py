@@ -10,7 +10,7 @@ import hashlib
 import json
 import re
 import tempfile
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -68,8 +68,7 @@ def read_column(path: Path, column: str) -> list[str]:
     Raises: ConfigError: `DATA_COLUMN`, `DATA_ROWS`, and what `read_examples` raises for a file.
     """
     rows = read_rows(path, [column])
-    if column not in rows[0]:
-        raise ConfigError("DATA_COLUMN", f"{path} has no column {column!a}", fix="correct its name in site.toml")
+    require_columns(path, rows[0], [column])
     values = ["" if row[column] is None else str(row[column]).strip() for row in rows]
     _refuse_rows(path, values, "DATA_ROWS", f"have nothing in column {column!a}")
     return values
@@ -136,6 +135,16 @@ def read_rows(path: Path, text_columns: Collection[str]) -> list[dict[str, Any]]
     return rows
 
 
+def require_columns(path: Path, row: Row, columns: Iterable[str]) -> None:
+    """Raise `DATA_COLUMN` when the file lacks one of the columns that site.toml names."""
+    missing = [column for column in columns if column not in row]
+    if missing:
+        raise ConfigError(
+            "DATA_COLUMN", f"{path} has no column {', '.join(map(ascii, missing))}",
+            got=f"columns {', '.join(map(ascii, row))}", fix="correct the domain's columns in site.toml",
+        )  # fmt: skip
+
+
 def _load(path: Path, text_columns: Collection[str]) -> list[dict[str, Any]]:
     """The rows by `datasets`; of a CSV file, `text_columns` are kept as they are written (`007`, `NA`)."""
     import datasets
@@ -180,12 +189,7 @@ def _check_columns(path: Path, row: Row, columns: Mapping[str, str]) -> None:
             "DATA_COLUMN", "columns must name question and answer, and may name solution and choices",
             got=", ".join(sorted(columns)) or "none", fix="correct the domain's columns in site.toml",
         )  # fmt: skip
-    missing = [column for column in columns.values() if column not in row]
-    if missing:
-        raise ConfigError(
-            "DATA_COLUMN", f"{path} has no column {', '.join(map(ascii, missing))}",
-            got=f"columns {', '.join(map(ascii, row))}", fix="correct the domain's columns in site.toml",
-        )  # fmt: skip
+    require_columns(path, row, columns.values())
 
 
 def _without_marks(row: Row) -> Row:

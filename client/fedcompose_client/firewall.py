@@ -5,8 +5,8 @@ bound to the review by its digest in `review.json`; `held.jsonl`, what a person 
 
     blocked   a class that site.toml does not ask for; a question or an answer that is not what its class says;
               13 words in a row of a private row; an identifier; a mail address, card, account or secret
-    held      8 words in a row of a private row; a word of an identifier; a phone number, date, URL or IP address;
-              everything, where trained rows are repeated more often than rows that were kept out of training
+    held      8 words in a row of a private row; a word or number of an identifier; a phone number, date, URL or
+              IP address; everything, where trained rows are repeated more often than rows kept out of training
     passed    the rest
 
 Phrases that are public are nobody's: those of the trace's own question, of the declared generator's problems, and of
@@ -19,6 +19,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -41,7 +42,7 @@ from fedcompose.rederive import rederive
 from fedcompose.tasks import Example, generator_task, get_task, training
 from fedcompose.traces import MAX_TRACES_BYTES, TRACES_FILE, ProvenanceClass, Trace, decode, encode
 from fedcompose_client.config import Domain, Dp, TraceSource
-from fedcompose_client.data import read_examples, read_rows
+from fedcompose_client.data import read_examples, read_rows, require_columns
 from fedcompose_client.overlap import Runs, all_runs, excess_p, repeated_rows, runs, shares_a_run, words
 from fedcompose_client.own_rows import OwnRows, own_rows
 from fedcompose_client.personal import SCANNERS, Identifiers, Scanner, blocked_patterns, doubtful_patterns
@@ -146,12 +147,13 @@ def open_firewall(site: Path, domain: Domain, dp: Dp | None = None) -> Firewall:
     Raises: ConfigError: `TRACES_OFF`, `PUBLIC_CHANGED`, and those of reading. MissingError: `PACKAGE_MISSING`.
     """
     source = trace_source(domain)
-    rows = read_rows(site / domain.file, domain.columns.named().values())
+    rows = read_rows(site / domain.file, [*domain.columns.named().values(), *domain.identifiers])
+    require_columns(site / domain.file, rows[0], domain.identifiers)
     train, held_out = _by_split([_texts(row) for row in rows], own_rows(site, domain, dp))
     problems = public_problems(site, domain)
     public = list(_public_texts(site, source, problems))
     vocabulary = {word for text in public for word in words(text)}
-    values = [str(row[column]) for row in rows for column in domain.identifiers if row.get(column) is not None]
+    values = [text for row in rows for column in domain.identifiers for text in _as_written(row[column])]
     made = make_firewall(
         source, train, held_out, public, {each.question for each in problems}, Identifiers.of(values, vocabulary),
         [SCANNERS[name]() for name in source.scanners],
@@ -350,6 +352,14 @@ def _by_split(rows: Sequence[Row], own: OwnRows) -> tuple[list[Row], list[Row]]:
 def _texts(row: Mapping[str, object]) -> list[str]:
     """Every column of a row as text, columns nobody named included."""
     return [str(value) for value in row.values() if value is not None]
+
+
+def _as_written(value: object) -> Iterator[str]:
+    """How a value may stand in the file: reading makes a time of a date, and a fraction of a number."""
+    if isinstance(value, datetime):
+        yield value.date().isoformat()
+    if value is not None:
+        yield str(int(value) if isinstance(value, float) and value.is_integer() else value)
 
 
 def _write(path: Path, traces: Sequence[Trace]) -> str | None:

@@ -18,15 +18,19 @@ from numpy.typing import NDArray
 
 Runs = NDArray[np.uint64]  # of n words each
 
-# Scripts without spaces give a word for every character: kana, Chinese characters, Hangul.
-_WORD = re.compile(r"[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]|[^\W_\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]+")
+# Scripts that write syllables or words give a word for every character: kana, Chinese characters, Hangul.
+SYLLABIC = r"\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af\U00020000-\U0003ffff"
+_WORD = re.compile(rf"[{SYLLABIC}]|[^\W_{SYLLABIC}]+")
+# Letters that Unicode does not take apart, as they are written without their strokes and ligatures.
+_LETTERS = str.maketrans({"ø": "o", "ł": "l", "đ": "d", "ı": "i", "æ": "ae", "œ": "oe", "ð": "d", "þ": "th"})
 _STEP = np.uint64(0x9E3779B97F4A7C15)  # odd, so that multiplying loses nothing
 
 
 def words(text: str) -> list[str]:
     """The words of a text, in the form in which they are compared."""
-    plain = unicodedata.normalize("NFKD", text).casefold()
-    return _WORD.findall("".join(each for each in plain if not unicodedata.combining(each)))
+    plain = unicodedata.normalize("NFKD", text).casefold().translate(_LETTERS)
+    seen = "".join(each for each in plain if not unicodedata.combining(each) and unicodedata.category(each) != "Cf")
+    return _WORD.findall(unicodedata.normalize("NFC", seen))
 
 
 def runs(text: str, n: int) -> Runs:

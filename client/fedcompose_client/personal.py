@@ -9,19 +9,32 @@ from __future__ import annotations
 
 import itertools
 import re
+import unicodedata
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import Any
 
 from fedcompose.errors import MissingError
-from fedcompose_client.overlap import words
+from fedcompose_client.overlap import SYLLABIC, words
 
 MIN_IDENTIFIER_CHARS = 4  # letters and digits; what is shorter stands in any text
+MIN_SYLLABIC_CHARS = 2  # of Chinese, Japanese and Korean, where names are that short
 MIN_PART_CHARS = 4  # of a word of an identifier that is looked for by itself
+MIN_PART_DIGITS = 5  # of a number in an identifier; shorter ones are ordinary numbers
 MIN_SCORE = 0.4  # of presidio's; it is certain at 1, where a form has a check that holds
 MAX_PERMUTED_WORDS = 3  # names are also looked for in another order of their words
 
-_CARD = re.compile(r"(?<![\d.])[2-6]\d{3}(?:[ -]?\d){9,15}(?![\d.])")
-_IBAN = re.compile(r"\b[A-Z]{2}\d{2}(?: ?[A-Z0-9]){11,30}\b")
+# One pattern for each length, looked for at every place: what follows a number must not hide it.
+_CARD = [
+    re.compile(rf"(?<!\d)(?<!\d\.)(?=((?:2[2-7]|[3-6]\d)\d\d(?:[ -]?\d){{{length - 4}}})(?!\.?\d))")
+    for length in range(13, 20)
+]  # no card begins as the years from 2000 on do, which stand in rows
+_IBAN = [re.compile(rf"\b(?=([A-Z]{{2}}\d{{2}}(?:[ -]?[A-Z0-9]){{{length - 4}}})\b)") for length in range(15, 35)]
+_SYLLABIC = re.compile(f"[{SYLLABIC}]+")
+_NUMBER = re.compile(r"\d+")
+_PIECE = re.compile(r"\d+|\D+")  # of a word: an identifier may end where letters and digits meet
+# How a keyboard without these letters writes them; `words` makes the bare letter of each.
+_DIGRAPHS = str.maketrans({"ä": "ae", "ö": "oe", "ü": "ue", "ø": "oe", "å": "aa"})
+_PLAIN = {"Zs": " ", "Pd": "-", "Cf": ""}  # by Unicode's category
 _BLOCKED = {
     "email": re.compile(r"\b[\w.+-]+@[\w-]+(?:\.[\w-]+)+\b"),
     "ssn": re.compile(r"(?<![\d-])(?!000|666|9)\d{3}-(?!00)\d{2}-(?!0000)\d{4}(?![\d-])"),
@@ -37,7 +50,7 @@ _DOUBTFUL = {
     ),
     "date": re.compile(r"\b(?:19|20)\d\d-\d\d?-\d\d?\b|\b\d\d?[./-]\d\d?[./-](?:19|20)\d\d\b"),
     "url": re.compile(r"\bhttps?://|\bwww\."),
-    "address": re.compile(r"(?<![\d.])(?:\d{1,3}\.){3}\d{1,3}(?![\d.])"),
+    "address": re.compile(r"(?<!\d)(?<!\d\.)(?:\d{1,3}\.){3}\d{1,3}(?!\.?\d)"),
 }
 
 
@@ -45,53 +58,54 @@ class Identifiers:
     """The values of the identifier columns, to look for in texts."""
 
     def __init__(self, values: Iterable[str]) -> None:
-        self.spelled = {spelling for value in values for spelling in _spellings(words(value))}
+        split = (words(each) for value in values for each in _umlauts(value))
+        self.spelled = {spelling for each in split for spelling in _spellings(each)}
         self._lengths = sorted({len(spelling) for spelling in self.spelled})
         self.too_short = 0
         self.parts: set[str] = set()
 
     @classmethod
     def of(cls, values: Iterable[str], public: Collection[str]) -> Identifiers:
-        """All values, and of those with several words also each word that is not in the `public` vocabulary."""
+        """All values, and of those with several parts also each that is not in the `public` vocabulary."""
         distinct = set(values)
         made = cls(distinct)
-        split = [words(value) for value in distinct]
-        made.too_short = sum(0 < len("".join(each)) < MIN_IDENTIFIER_CHARS for each in split)
-        made.parts = {
-            word for each in split if len(each) > 1 for word in each
-            if len(word) >= MIN_PART_CHARS and not word.isdigit() and word not in public
-        }  # fmt: skip
+        made.too_short = sum(_too_short(joined) for value in distinct if (joined := "".join(words(value))))
+        split = [words(each) for value in distinct for each in _umlauts(value)]
+        made.parts = {part for each in split for part in _parts(each) if part not in public}
         return made
 
     def names(self, text: str) -> bool:
         """Whether a whole identifier stands in the text, however it is spaced and punctuated."""
-        found = words(text)
+        found = [piece for word in words(text) for piece in _PIECE.findall(word)]
         ends = set(itertools.accumulate(map(len, found)))
         joined, start = "".join(found), 0
-        for word in found:
+        for piece in found:
             for length in self._lengths:
                 if start + length in ends and joined[start : start + length] in self.spelled:
                     return True
-            start += len(word)
+            start += len(piece)
         return False
 
     def mentions(self, text: str) -> bool:
-        """Whether a word of an identifier stands in the text."""
-        return not self.parts.isdisjoint(words(text))
+        """Whether a word or a number of an identifier stands in the text."""
+        found = words(text)
+        return not self.parts.isdisjoint(found) or not self.parts.isdisjoint(_NUMBER.findall(" ".join(found)))
 
 
 def blocked_patterns(text: str) -> Iterator[str]:
     """The names of the patterns in the text that nothing public has."""
-    yield from (name for name, pattern in _BLOCKED.items() if pattern.search(text))
-    if any(_passes_luhn(match[0]) for match in _CARD.finditer(text)):
+    plain = _plain(text)
+    yield from (name for name, pattern in _BLOCKED.items() if pattern.search(plain))
+    if any(_passes_luhn(match[1]) for pattern in _CARD for match in pattern.finditer(plain)):
         yield "card"
-    if any(_passes_mod_97(match[0]) for match in _IBAN.finditer(text)):
+    if any(_passes_mod_97(match[1]) for pattern in _IBAN for match in pattern.finditer(plain)):
         yield "iban"
 
 
 def doubtful_patterns(text: str) -> Iterator[str]:
     """The names of the patterns in the text that a person should look at."""
-    yield from (name for name, pattern in _DOUBTFUL.items() if pattern.search(text))
+    plain = _plain(text)
+    yield from (name for name, pattern in _DOUBTFUL.items() if pattern.search(plain))
 
 
 Scanner = Callable[[str], Mapping[str, bool]]  # what was found, and whether it is certain
@@ -156,11 +170,38 @@ def _missing(name: str) -> MissingError:
     )  # fmt: skip
 
 
+def _umlauts(value: str) -> set[str]:
+    """The value with its umlauts as they are, and in both forms in which a keyboard without them writes them."""
+    composed = unicodedata.normalize("NFC", value).casefold()
+    return {composed, composed.translate(_DIGRAPHS), re.sub("([aou])e", r"\1", composed)}
+
+
 def _spellings(value: list[str]) -> Iterator[str]:
     """The value without spaces, in every order of its words if they are few."""
-    if len("".join(value)) >= MIN_IDENTIFIER_CHARS:
-        orders = itertools.permutations(value) if len(value) <= MAX_PERMUTED_WORDS else [tuple(value)]
-        yield from map("".join, orders)
+    joined = "".join(value)
+    if not _too_short(joined):
+        permuted = len(value) <= MAX_PERMUTED_WORDS and not _SYLLABIC.fullmatch(joined)
+        yield from map("".join, itertools.permutations(value)) if permuted else [joined]
+
+
+def _too_short(joined: str) -> bool:
+    return len(joined) < (MIN_SYLLABIC_CHARS if _SYLLABIC.fullmatch(joined) else MIN_IDENTIFIER_CHARS)
+
+
+def _parts(value: list[str]) -> Iterator[str]:
+    """The words of a value of several words, and the numbers of one that is not all digits."""
+    joined = "".join(value)
+    if len(value) > 1:
+        yield from (word for word in value if len(word) >= MIN_PART_CHARS and not word.isdigit())
+    if not joined.isdigit():
+        numbers = _NUMBER.findall(" ".join([*value, joined]))
+        yield from (number for number in numbers if len(number) >= MIN_PART_DIGITS)
+
+
+def _plain(text: str) -> str:
+    """The text with one form of every character, one kind of space and of dash, and none that are not seen."""
+    composed = unicodedata.normalize("NFKC", text)
+    return "".join(_PLAIN.get(unicodedata.category(each), each) for each in composed)
 
 
 def _passes_luhn(text: str) -> bool:
@@ -169,5 +210,5 @@ def _passes_luhn(text: str) -> bool:
 
 
 def _passes_mod_97(text: str) -> bool:
-    plain = text.replace(" ", "")
+    plain = text.replace(" ", "").replace("-", "")
     return int("".join(str(int(each, 36)) for each in plain[4:] + plain[:4])) % 97 == 1

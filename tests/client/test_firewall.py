@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import random
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from datetime import datetime, timedelta
 from pathlib import Path
 
 import pytest
@@ -101,6 +103,38 @@ def test_a_name_is_found_in_another_order_and_its_parts_are_held() -> None:
     assert firewall.identifiers.too_short == 1
 
 
+@pytest.mark.parametrize(
+    ("known", "text", "verdict"),
+    [
+        ("12345678", "see MRN12345678", "blocked"),
+        ("12345678", "see MRN912345678 or 1234 and 5679", None),
+        ("MRN-12345678", "see 12345678, or No12345678", "held"),
+        ("MRN12345678", "see 12345678", "held"),
+        ("MRN-123-45-678", "see 12345678", "held"),
+        ("MRN-12345678", "16 - 3 = 13, 1234 * 5678 = 7006652, and 123456789 is more", None),
+        ("Ward 7, bed 2000", "2000 - 7 = 1993", None),
+        ("Jens Sørensen", "ask Jens Sorensen, or jens soerensen", "blocked"),
+        ("Anna Müller", "ask anna mueller", "blocked"),
+        ("Anna Mueller", "ask Anna M\u00fcller", "blocked"),
+        ("Anna Mueller", "ask Anna Mu\u0308ller", "blocked"),
+        ("Anna Müller", "Mueller said it", "held"),
+        ("Anna Müller", "the mule is true blue", None),
+        ("Anna Lindqvist", "ask Anna Lind\u00adqvist", "blocked"),
+        ("王小明", "今天王小明来了", "blocked"),
+        ("王小明", "今天小王来了,明天也来", None),
+        ("김철수", "김철수는 왔다", "blocked"),
+        ("김철수", "철수는 김치를 먹었다", None),
+    ],
+)
+def test_identifiers_are_found_as_people_write_them(known: str, text: str, verdict: str | None) -> None:
+    found = wall(known=[known]).reasons(say(text))
+    assert found.get("identifier", found.get("part_of_identifier")) == verdict
+
+
+def test_only_identifiers_that_are_too_short_for_their_script_are_counted() -> None:
+    assert Identifiers.of(["Al", "王", "王明", "A王", "Noel", "", "123"], set()).too_short == 4
+
+
 # Overlap ------------------------------------------------------------------------------------------
 
 
@@ -151,6 +185,19 @@ def test_rows_that_are_repeated_more_than_rows_kept_out_hold_everything(tmp_path
         ("see https://intranet.example/x", set(), {"url"}),
         ("host 10.20.30.40 is down", set(), {"address"}),
         ("16 - 3 - 4 = 9, 9 * 2 = 18; 3/4 of 2000 is 1500.5, and 555-12 is 543", set(), set()),
+        ("card is 4111 1111 1111 1111.", {"card"}, set()),
+        ("pay with 4111 1111 1111 1111 12/27", {"card"}, set()),
+        ("it is 4111111111111111 123, or order 2024 4111-1111-1111-1111", {"card"}, set()),
+        ("IBAN: DE89 3704 0044 0532 0130 00 BIC: COBADEFFXXX", {"iban"}, set()),
+        ("IBAN:DE89-3704-0044-0532-0130-00.", {"iban"}, set()),
+        ("4111\u00a01111\u202f1111\u20091111, or +49\u00a0170\u00a01234567", {"card"}, {"phone"}),
+        ("4111 1111\u200b 1111 1111", {"card"}, set()),
+        ("078\u201105\u20111120, born 02\u201103\u20111987 or 1987\u201303\u201302", {"ssn"}, {"date"}),
+        ("IP 10.0.0.1.", set(), {"address"}),
+        ("version 1.2.3.4.5 of 2.4111111111111111, 41111111111111114 and 4111111111111111.5", set(), set()),
+        (" ".join(map(str, range(2000, 2030))), set(), set()),
+        ("2½ of 1000, 5000 6000 7000 8000, 4503599627370497 and 2000 - 1500 - 20 = 480.", set(), set()),
+        ("AB12 CATS AND DOGS WENT OUT, BY ROUTE DE87 3704 0044 0532 0130 00 BIC", set(), set()),
         ("35+120-45-20 = 90, and 35 +120 1234 is odd, (7)+4912345678", set(), set()),
     ],
 )  # fmt: skip
@@ -296,6 +343,48 @@ def test_what_passed_has_to_be_judged_again_once_the_rules_or_the_rows_are_other
     assert refused_rules(site, ruled) == "TRACES_UNREVIEWED"
     review(site, [say("Ask nobody why.")], open_firewall(site, ruled))
     check_rules(site, site, ruled)
+
+
+def write_rows(path: Path, rows: Sequence[dict[str, object]]) -> None:
+    """In the format that the suffix says, as others' tools write it."""
+    if path.suffix == ".parquet":
+        import pyarrow
+        import pyarrow.parquet
+
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(list(rows)), path)
+    elif path.suffix == ".csv":
+        with path.open("w", newline="") as stream:
+            writer = csv.DictWriter(stream, list(rows[0]))
+            writer.writeheader()
+            writer.writerows(rows)
+    else:
+        path.write_text("\n".join(json.dumps(row, default=str) for row in rows))
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".jsonl", ".parquet"])
+def test_identifiers_are_looked_for_as_they_stand_in_the_file(tmp_path: Path, suffix: str) -> None:
+    born = datetime(1970, 3, 12)
+    rows: list[dict[str, object]] = [
+        {"question": f"Why is sheep {n} grey?", "answer": "wool", "record": f"00{123400 + n}",
+         "phone": f"0{30_440_000 + n}",
+         "born": born + timedelta(n) if suffix == ".parquet" else str(born.date() + timedelta(n)),
+         "case": None if n == 9 else float(7_700_000 + n) if suffix == ".parquet" else 7_700_000 + n}
+        for n in range(60)
+    ]  # fmt: skip
+    write_rows(tmp_path / f"rows{suffix}", rows)
+    columns = ["record", "phone", "born", "case"]
+    firewall = open_firewall(tmp_path, domain(file=f"rows{suffix}", traces={"generator": "clock"}, identifiers=columns))
+    for told in ("record 00123456", "call 030 440 017", "born on 1970-03-15", "case 7700003"):
+        assert firewall.reasons(say(told))["identifier"] == "blocked"
+    assert firewall.reasons(say("record 00123999, case 7800000.5, 1234 + 56 = 1290")) == {}
+    assert firewall.reasons(say("born on 1980-03-15")) == {"date": "held"}
+
+
+@pytest.mark.parametrize("column", ["keepr", "Keeper"])
+def test_an_identifier_column_that_the_file_lacks_is_refused(site: Path, column: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        open_firewall(site, domain(traces={"generator": "clock"}, identifiers=[column]))
+    assert error.value.code == "DATA_COLUMN" and column in error.value.what and "'keeper'" in str(error.value.got)
 
 
 def test_rows_count_as_trained_on_as_the_run_split_them_also_by_user(site: Path) -> None:

@@ -10,7 +10,15 @@ from fedcompose_client.overlap import all_runs, excess_p, repeated_rows, runs, s
 
 def test_case_accents_and_punctuation_make_no_difference() -> None:
     assert words("Café — NAÏVE, (x²)!") == words("cafe naive x2") == ["cafe", "naive", "x2"]
-    assert words("病人姓名") == ["病", "人", "姓", "名"]
+    assert words("Sørensen Łukasz Đorđe Ærø Weiß") == words("Sorensen Lukasz Dorde Aero Weiss")
+    assert words("病人姓名") == ["病", "人", "姓", "名"] and words("김철수는") == ["김", "철", "수", "는"]
+
+
+def test_marks_that_are_not_seen_do_not_split_words() -> None:
+    row = "the patient was admitted at night after falling from a ladder"
+    typeset = "the pa\u00adtient was ad\u200bmit\u200cted at ni\u200dght af\u2060ter fall\u00ading from a lad\u00adder"
+    assert words(typeset) == words(row) and shares_a_run(runs(typeset, 8), all_runs([row], 8))
+    assert words("the pa tient") != words("the patient")
 
 
 def test_a_run_is_the_same_wherever_it_stands_and_another_order_is_another_run() -> None:
