@@ -7,16 +7,19 @@ from collections.abc import Iterator
 from concurrent.futures import Future, wait
 from contextlib import nullcontext
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
 from fedcompose.errors import ConfigError, MissingError, RefusedError
+from fedcompose.model.lm import load_base
 from fedcompose.release import VerifiedRelease
 from fedcompose.serve import batching, sequential
 from fedcompose.serve.engine import Engine, Pin, Settings
-from fedcompose.serve.writing import Answer
+from fedcompose.serve.sampling import Sampling
+from fedcompose.serve.writing import Answer, Job, Writing
 from tests.federation_sim import FederationSim
 
 LONG = "All the same beginning, longer than a page of the cache. " * 2
@@ -137,6 +140,30 @@ def test_the_cache_is_empty_when_all_is_said(engine: Engine) -> None:
     said(ask(engine, "and another", Settings(max_tokens=1)))
     assert engine.waiting == 0
     assert engine.cache_free > 0.99
+
+
+def test_a_cache_that_ran_full_is_open_again_when_answers_ended_early(
+    tiny_base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(batching, "CACHED_TOKENS", 0)
+    model, _ = load_base(tiny_base, torch.float32)
+    worker = batching.Worker(model, None, 128)
+    blocked: list[bool] = []
+    model.register_forward_pre_hook(lambda *_: blocked.append(worker._processor.scheduler.block_new_requests))
+
+    def start(number: int) -> Writing:
+        job = Job([5 + number] * 20, 100, Sampling(), ("x" * 60,), None)
+        writing = Writing(job, (), frozenset(), lambda tokens: "x" * len(tokens), None)
+        worker.submit(writing)
+        return writing
+
+    try:
+        writings = [start(number) for number in range(4)]  # each fits, all together do not
+        assert {writing.answer.result(timeout=60).finish for writing in writings} == {"stop"}
+        assert any(blocked), "a cache that is never full shows nothing"
+        assert start(4).answer.result(timeout=60).finish == "stop"
+    finally:
+        worker.close()
 
 
 def test_who_is_cancelled_before_the_manager_knows_of_him_is_cancelled_when_it_does(
