@@ -140,15 +140,16 @@ def _add_answers(app: FastAPI, engine: Engine, signer: Signer | None, metrics: M
     @app.post("/v1/chat/completions", response_model=None)
     async def chat(asked: ChatRequest, request: Request) -> Response:
         messages = [message.plain() for message in asked.messages]
-        settings = [asked.settings(choice) for choice in range(asked.n)]
-        jobs = await read(lambda: [engine.prepare(messages, each) for each in settings])
+        jobs = await read(lambda: engine.prepare(messages, asked.settings()).choices(asked.n))
         return await _answer(asked, jobs, request)
 
     @app.post("/v1/completions", response_model=None)
     async def complete(asked: TextRequest, request: Request) -> Response:
-        settings = [asked.settings(choice) for choice in range(asked.n)]
-        jobs = await read(lambda: [engine.prepare_text(text, each) for text in asked.prompt for each in settings])
-        return await _answer(asked, jobs, request)
+        def prepare() -> list[Job]:
+            prompts = [engine.prepare_text(text, asked.settings()) for text in asked.prompt]
+            return [job for prompt in prompts for job in prompt.choices(asked.n)]
+
+        return await _answer(asked, await read(prepare), request)
 
     async def _answer(asked: ChatRequest | TextRequest, jobs: Sequence[Job], request: Request) -> Response:
         if asked.receipt and signer is None:

@@ -65,7 +65,6 @@ class Settings:
     logprobs: int | None = None
     force: str | None = None  # this expert everywhere
     pins: tuple[Pin, ...] = ()
-    choice: int = 0  # which of several answers to one request: with a seed, each is another
 
     def sampling(self) -> Sampling:
         return Sampling(self.temperature, self.top_p, self.seed, self.logprobs)
@@ -270,7 +269,7 @@ class Engine:
                 got=f"{len(prompt)} of the messages and {wanted} to write",
                 fix="shorten the messages or ask for fewer tokens",
             )
-        return Job(prompt, wanted, settings.sampling(), settings.stop, wish, settings.choice)
+        return Job(prompt, wanted, settings.sampling(), settings.stop, wish)
 
     def _wish(self, prompt: Sequence[int], settings: Settings) -> Layers | None:
         """Who is to speak at each layer: the expert asked for, or the one that a router of prompts has chosen."""

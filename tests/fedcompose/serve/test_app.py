@@ -23,7 +23,9 @@ from fedcompose.model.controls import FixedRouter
 from fedcompose.model.lm import load_base
 from fedcompose.release import VerifiedRelease
 from fedcompose.serve.app import create_app
+from fedcompose.serve.batching import engine_dead
 from fedcompose.serve.engine import Engine, Settings
+from fedcompose.serve.writing import Job
 from tests.fedcompose.serve.serving import HELLO, served
 from tests.federation_sim import FederationSim
 
@@ -245,6 +247,13 @@ def test_null_is_the_same_as_absent(url: str) -> None:
     assert post(url, max_tokens=1, tools=None, stop=None, temperature=None).status_code == 200
 
 
+@pytest.mark.parametrize("text", ['"\\ud800"', '[{"type": "text", "text": "\\ud800"}]'])
+def test_half_a_character_is_refused(url: str, text: str) -> None:
+    body = f'{{"model": "auto", "messages": [{{"role": "user", "content": {text}}}]}}'
+    reply = httpx.post(f"{url}/v1/chat/completions", content=body, headers={"Content-Type": "application/json"})
+    assert (reply.status_code, reply.json()["error"]["param"]) == (400, "messages.0.content.0.text")
+
+
 @pytest.mark.parametrize("content", [b"", b"{", b"[]", b'"x"', b"\xff", b"[" * 100_000, b"9" * 5000])
 def test_a_body_that_is_no_json_object_is_refused(url: str, content: bytes) -> None:
     reply = httpx.post(
@@ -284,6 +293,35 @@ def test_all_prompts_are_read_in_one_thread(url: str, engine: Engine, monkeypatc
         replies = list(pool.map(lambda _: post(url, max_tokens=1), range(8)))
     assert {reply.status_code for reply in replies} == {200}
     assert len(threads) == 1
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_what_cannot_be_begun_is_refused_with_a_status_and_leaves_nothing_running(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch, stream: bool
+) -> None:
+    submit, jobs = engine.submit, []
+
+    def once(job: Job, *heard: Any) -> Any:
+        jobs.append(job)
+        if len(jobs) > 1:
+            raise engine_dead()
+        return submit(job, *heard)
+
+    monkeypatch.setattr(engine, "submit", once)
+    http = TestClient(create_app(engine), "http://127.0.0.1")
+    body = {"model": "auto", "messages": HELLO, "max_tokens": 400, "stream": stream, "n": 2}
+    reply = http.post("/v1/chat/completions", json=body)
+    assert (reply.status_code, reply.json()["error"]["code"]) == (503, "engine_dead")
+    assert [job.cancelled for job in jobs] == [True, True]
+
+
+def test_a_prompt_is_read_once_however_many_answers_it_has(
+    url: str, engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read, prepare = [], engine.prepare
+    monkeypatch.setattr(engine, "prepare", lambda *given: read.append(1) or prepare(*given))
+    assert len(post(url, n=3, max_tokens=1).json()["choices"]) == 3
+    assert read == [1]
 
 
 @pytest.mark.parametrize("stream", [True, False])
