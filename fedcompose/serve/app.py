@@ -157,7 +157,9 @@ def _add_answers(app: FastAPI, engine: Engine, signer: Signer | None, metrics: M
         reply = Reply(asked, engine.experts, engine.decode, sign)
         if asked.stream:
             headers = {"Cache-Control": "no-store"}
-            return StreamingResponse(_events(submit, jobs, reply), media_type="text/event-stream", headers=headers)
+            events = _events(submit, jobs, reply)
+            await anext(events)  # what cannot be begun is refused while there is a status to say so with
+            return StreamingResponse(events, media_type="text/event-stream", headers=headers)
         return JSONResponse(reply.whole(await _whole(submit, jobs, request)))
 
     def submit(job: Job, on_token: Callable[[Token], object] | None = None) -> Future[Answer]:
@@ -211,7 +213,10 @@ def _cancel(jobs: Sequence[Job]) -> None:
 
 
 async def _events(submit: Submit, jobs: Sequence[Job], reply: Reply) -> AsyncIterator[str]:
-    """The answers as server-sent events. Closed early, which a lost connection does, it cancels the jobs."""
+    """The answers as server-sent events, after a first empty piece that says that they are begun.
+
+    Closed early, which a lost connection does, it cancels the jobs.
+    """
     loop = asyncio.get_running_loop()
     news: asyncio.Queue[tuple[int, Token | None]] = asyncio.Queue()
 
@@ -226,6 +231,7 @@ async def _events(submit: Submit, jobs: Sequence[Job], reply: Reply) -> AsyncIte
 
     try:
         answers = await asyncio.to_thread(start)
+        yield ""
         for index in range(len(jobs)):
             if opening := reply.opening(index):
                 yield opening
