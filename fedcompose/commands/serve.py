@@ -77,8 +77,8 @@ def serve(
 ) -> None:
     """Verify a release, load it, and answer as an OpenAI-compatible server.
 
-    SIGHUP judges the release anew and masks the experts of sites that were withdrawn since, SIGTERM lets the answers
-    under way be finished.
+    SIGHUP judges the release anew and masks the experts of sites that were withdrawn since, as it does by itself when
+    the time of a site's terms is over; SIGTERM lets the answers under way be finished.
 
     Example: fedcompose serve release
     """

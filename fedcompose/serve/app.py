@@ -30,11 +30,12 @@ from fedcompose.serve.card import release_card
 from fedcompose.serve.engine import EXPERT_PREFIX, Engine
 from fedcompose.serve.limits import Door, Gate
 from fedcompose.serve.metrics import CONTENT_TYPE, Metrics
-from fedcompose.serve.operations import Verdict, judge_on_hangup
+from fedcompose.serve.operations import Verdict, keep_judging
 from fedcompose.serve.protocol import ChatRequest, TextRequest
 from fedcompose.serve.replies import Reply, error_document, event
 from fedcompose.serve.writing import AUTO, BASE, Answer, Job, Token
 from fedcompose.signing import Signer
+from fedcompose.standing import ends_of_terms
 
 HOSTS = ["127.0.0.1", "localhost"]
 PAGE_POLICY = (  # the page asks nothing of anybody but this server
@@ -61,7 +62,8 @@ def create_app(
 ) -> FastAPI:
     """The application around a loaded engine, which it closes when it ends.
 
-    `signer` signs receipts; every request passes the `door`; at `SIGHUP` the release is judged anew by `judge`.
+    `signer` signs receipts; every request passes the `door`; at `SIGHUP`, and when the time of a site's terms is over,
+    the release is judged anew by `judge`.
     """
     door, metrics = door or Door(), Metrics()
     door.seen = metrics.answered
@@ -70,9 +72,10 @@ def create_app(
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        if judge is not None:
-            judge_on_hangup(judge, door, engine.mask, engine.cancel_all)
+        judging = judge and keep_judging(judge, ends_of_terms(engine.release), door, engine.mask, engine.refuse)
         yield
+        if judging is not None:
+            judging.cancel()
         await asyncio.to_thread(engine.close)
 
     # The interactive pages of FastAPI load scripts from elsewhere; openapi.json stays.
@@ -269,7 +272,9 @@ async def _invalid(_: Request, error: RequestValidationError) -> JSONResponse:
 
 
 async def _refused(_: Request, error: FedcomposeError) -> JSONResponse:
-    status = {"MODEL_NOT_FOUND": 404, "ENGINE_DEAD": 503}.get(error.code, 400)
+    status = 503  # of the release or the machine, and not of the request
+    if isinstance(error, ConfigError):
+        status = 404 if error.code == "MODEL_NOT_FOUND" else 400
     kind = INVALID if status < 500 else "server_error"
     return JSONResponse(
         error_document(kind, error.diagnostics(), PARAMETERS.get(error.code), error.code.lower()), status

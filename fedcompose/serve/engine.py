@@ -96,6 +96,7 @@ class Engine:
         self.release = release
         self.experts = tuple(expert.site for expert in release.experts)
         self.masked: frozenset[str] = frozenset()
+        self._refused: str | None = None
         self.on_step: Callable[[int], object] | None = None
         self._base = base or resolve_base(release.composition["base"]["name"])
         self._spread = spread
@@ -167,11 +168,14 @@ class Engine:
     def submit(self, job: Job, on_token: Callable[[Token], object] | None = None) -> Future[Answer]:
         """Write a job's answer; `on_token` is told each token, in the engine's thread.
 
-        Raises: MissingError: `ENGINE_DEAD`; ConfigError: `MODEL_NOT_FOUND` if the expert was masked in between.
+        Raises: MissingError: `ENGINE_DEAD`; ConfigError: `MODEL_NOT_FOUND` if the expert was masked in between;
+            RefusedError: with the code of `refuse`.
         """
         writing = Writing(job, self.experts, self.ends, self.decode, on_token)
         worker = self._base_worker() if job.wish is None else self._worker
         with self._masking:
+            if self._refused is not None:
+                raise RefusedError(self._refused, "nothing is answered here now")
             if any(self.experts[row] in self.masked for row in {*(job.wish or ())} - {NO_EXPERT}):
                 raise self._no_such_model()
             worker.submit(writing)
@@ -182,6 +186,12 @@ class Engine:
         for worker in self._workers:
             worker.cancel_all()
 
+    def refuse(self, code: str) -> None:
+        """From now on nothing is answered, until `mask` says again who may speak; what is written ends here."""
+        with self._masking:
+            self._refused = code
+            self.cancel_all()
+
     def mask(self, sites: Collection[str]) -> None:
         """From now on no router chooses these sites' experts, and nobody can force them; what is written ends here.
 
@@ -189,11 +199,12 @@ class Engine:
         """
         rows = [row for row, site in enumerate(self.experts) if site in sites]
         masked = frozenset(self.experts[row] for row in rows)
-        if masked == self.masked:
-            return
         if rows and len(self.experts) - len(rows) < self._least:
             raise RefusedError("EXPERT_UNMASKABLE", "this release cannot answer without these experts")
         with self._masking:
+            self._refused = None
+            if masked == self.masked:
+                return
             self.masked = masked
             if isinstance(self._chooser, PromptRouter | Router):
                 scorer = self._chooser.scorer

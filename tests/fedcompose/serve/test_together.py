@@ -232,6 +232,21 @@ def test_a_masked_expert_never_speaks_again(release: VerifiedRelease, talking_si
         engine.close()
 
 
+def test_what_was_prepared_before_the_release_was_refused_is_not_answered(engine: Engine) -> None:
+    early = engine.prepare([{"role": "user", "content": "Hello you"}], Settings(max_tokens=4))
+    under_way = ask(engine, "Hello you", Settings(max_tokens=400))
+    engine.refuse("USE_EXPIRED")
+    try:
+        assert under_way.result(timeout=60).finish == "cancelled"
+        for job in (early, replace(early, wish=None)):
+            with pytest.raises(RefusedError) as caught:
+                engine.submit(job)
+            assert caught.value.code == "USE_EXPIRED"
+    finally:
+        engine.mask(())
+    assert engine.submit(early).result(timeout=60).finish == "length"
+
+
 @pytest.mark.parametrize(("estimator", "masks"), [("hard", True), ("sampled", False), ("identity", False)])
 def test_who_always_speaks_cannot_be_masked(
     engine: Engine, release: VerifiedRelease, monkeypatch: pytest.MonkeyPatch, estimator: str, masks: bool
