@@ -23,7 +23,7 @@ from jinja2 import TemplateError
 
 from fedcompose.bases import Base, resolve_base
 from fedcompose.errors import ConfigError, MissingError, RefusedError
-from fedcompose.model.composed import load_release, prove_alive
+from fedcompose.model.composed import check_base_bytes, load_release, prove_alive
 from fedcompose.model.controls import MaskedScorer, PinnedRouter
 from fedcompose.model.learned import PromptRouter, Router
 from fedcompose.model.lm import load_base
@@ -169,7 +169,7 @@ class Engine:
         """Write a job's answer; `on_token` is told each token, in the engine's thread.
 
         Raises: MissingError: `ENGINE_DEAD`; ConfigError: `MODEL_NOT_FOUND` if the expert was masked in between;
-            RefusedError: with the code of `refuse`.
+            RefusedError: with the code of `refuse`; `BASE_MISMATCH` if the base's files were changed since the start.
         """
         writing = Writing(job, self.experts, self.ends, self.decode, on_token)
         worker = self._base_worker() if job.wish is None else self._worker
@@ -261,9 +261,13 @@ class Engine:
             self.on_step(distinct)
 
     def _base_worker(self) -> Worker:
-        """The base alone. The composed model cannot play it: the attention LoRA is merged into its weights."""
+        """The base alone. The composed model cannot play it: the attention LoRA is merged into its weights.
+
+        Raises: RefusedError: `BASE_MISMATCH` if its files were changed since the start.
+        """
         with self._loading:
             if self._plain is None:
+                check_base_bytes(self.release, resolve_base(self._base.path))
                 model, _ = load_base(self._base.path, dtype=self._model.dtype, to_gpu=not self._spread)
                 self._plain = self._work(over_gpus(model) if self._spread else model, None)
             return self._plain

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import shutil
 from collections.abc import Iterator
 from concurrent.futures import Future, wait
 from contextlib import nullcontext
@@ -13,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 
+from fedcompose.bases import resolve_base
 from fedcompose.errors import ConfigError, MissingError, RefusedError
 from fedcompose.model.lm import load_base
 from fedcompose.release import VerifiedRelease
@@ -279,6 +281,22 @@ def test_an_engine_that_died_says_so(release: VerifiedRelease, talking_sim: Fede
         assert not engine.alive
         with pytest.raises(MissingError):
             ask(engine, "Hello", Settings())
+    finally:
+        engine.close()
+
+
+def test_a_base_that_was_changed_since_the_start_is_not_loaded(
+    release: VerifiedRelease, talking_sim: FederationSim, tmp_path: Path
+) -> None:
+    base = resolve_base(shutil.copytree(talking_sim.base.path, tmp_path / "base"))
+    engine = Engine(release, base, torch.float32)
+    try:
+        config = base.path / "generation_config.json"
+        config.write_text(config.read_text() + "\n")
+        with pytest.raises(RefusedError) as caught:
+            ask(engine, "Hello", Settings("base", max_tokens=1))
+        assert caught.value.code == "BASE_MISMATCH"
+        assert said(ask(engine, "Hello", Settings(max_tokens=1)))
     finally:
         engine.close()
 
