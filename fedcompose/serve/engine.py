@@ -160,7 +160,7 @@ class Engine:
 
         Raises: ConfigError: as `prepare`; `PROMPT_EMPTY`.
         """
-        tokens = list(self._tokenizer(prompt).input_ids)
+        tokens = self._read(prompt)
         if not tokens:
             raise ConfigError("PROMPT_EMPTY", "there is nothing to continue")
         return self._job(tokens, settings)
@@ -273,18 +273,31 @@ class Engine:
             return self._plain
 
     def _job(self, prompt: list[int], settings: Settings) -> Job:
-        wish = self._wish(prompt, settings)
         room = self.context - len(prompt)
         wanted = settings.max_tokens or min(DEFAULT_MAX_TOKENS, max(room, 1))
         if wanted > room:
-            raise ConfigError(
-                "CONTEXT_LENGTH_EXCEEDED",
-                "the messages and the answer do not fit the model",
-                expected=f"at most {self.context} tokens",
-                got=f"{len(prompt)} of the messages and {wanted} to write",
-                fix="shorten the messages or ask for fewer tokens",
-            )
-        return Job(prompt, wanted, settings.sampling(), settings.stop, wish)
+            raise self._too_long(f"{len(prompt)} of the messages and {wanted} to write")
+        return Job(prompt, wanted, settings.sampling(), settings.stop, self._wish(prompt, settings))
+
+    def _read(self, text: str, **options: bool) -> list[int]:
+        """The tokens of a text, unless it is so long that they cannot fit: to read all of it would take seconds."""
+        if len(text) > self.context * self._longest_token:
+            raise self._too_long(f"{len(text)} characters")
+        return list(self._tokenizer(text, **options).input_ids)
+
+    @cached_property
+    def _longest_token(self) -> int:
+        """In characters, or in the bytes that some vocabularies write as characters."""
+        return max(map(len, self._tokenizer.get_vocab()))
+
+    def _too_long(self, got: str) -> ConfigError:
+        return ConfigError(
+            "CONTEXT_LENGTH_EXCEEDED",
+            "the messages and the answer do not fit the model",
+            expected=f"at most {self.context} tokens",
+            got=got,
+            fix="shorten the messages or ask for fewer tokens",
+        )
 
     def _wish(self, prompt: Sequence[int], settings: Settings) -> Layers | None:
         """Who is to speak at each layer: the expert asked for, or the one that a router of prompts has chosen."""
@@ -322,11 +335,11 @@ class Engine:
     def _conversation(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
         """The conversation up to where the assistant begins to write, as `lm.prompt_ids` has it for one turn."""
         if self._tokenizer.chat_template is None:
-            return list(self._tokenizer("".join(each["content"] + "\n" for each in messages)).input_ids)
+            return self._read("".join(each["content"] + "\n" for each in messages))
         try:
             text = self._tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, tokenize=False)
         except TemplateError as error:
             raise ConfigError(
                 "MESSAGES_INVALID", "the base's chat template does not take these messages", got=type(error).__name__
             ) from error
-        return list(self._tokenizer(text, add_special_tokens=False).input_ids)
+        return self._read(text, add_special_tokens=False)

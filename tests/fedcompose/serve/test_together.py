@@ -190,6 +190,23 @@ def test_a_prompt_longer_than_a_step_is_read_in_parts(engine: Engine) -> None:
     assert len({said(answer) for answer in both}) == 1
 
 
+def test_what_cannot_fit_is_not_routed(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A router of prompts would take all of it into memory."""
+    monkeypatch.setattr(engine, "_wish", lambda *_: pytest.fail("routed"))
+    with pytest.raises(ConfigError) as caught:
+        engine.prepare_text("x" * engine.context, Settings(max_tokens=1))
+    assert caught.value.code == "CONTEXT_LENGTH_EXCEEDED"
+
+
+def test_what_cannot_fit_is_not_even_read(engine: Engine) -> None:
+    longest = max(engine._tokenizer.get_vocab(), key=len)
+    for text in (longest * engine.context, longest * engine.context + "x"):
+        with pytest.raises(ConfigError) as caught:
+            engine.prepare_text(text, Settings(max_tokens=1))
+        assert caught.value.code == "CONTEXT_LENGTH_EXCEEDED"
+        assert ("characters" in str(caught.value.got)) is text.endswith("x")
+
+
 @pytest.mark.parametrize(
     "settings",
     [
