@@ -10,7 +10,6 @@ there. `SIGTERM` lets them be finished, for a while.
 from __future__ import annotations
 
 import asyncio
-import ipaddress
 import logging
 import signal
 from collections.abc import Callable, Collection, Mapping
@@ -22,7 +21,7 @@ from types import FrameType
 
 from fedcompose.errors import ConfigError, FedcomposeError, RefusedError
 from fedcompose.release import ReceivedRelease, VerifiedRelease
-from fedcompose.serve.limits import Door
+from fedcompose.serve.limits import Door, is_loopback
 from fedcompose.standing import verify_for_use, withdrawn_experts
 
 Verdict = Callable[[], Mapping[str, str]]  # as `Judge`
@@ -109,16 +108,6 @@ def end_quietly_on_terminate() -> None:
     def ignore(number: int, frame: FrameType | None) -> None: ...
 
     signal.signal(signal.SIGTERM, ignore)
-
-
-def is_loopback(host: str) -> bool:
-    """Whether only this machine can reach a server at `host`."""
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
 
 
 def check_exposure(host: str, has_keys: bool) -> None:

@@ -404,6 +404,7 @@ def test_a_client_that_goes_away_stops_its_answer(
 
 def test_a_page_elsewhere_cannot_reach_it_under_its_own_name(url: str) -> None:
     assert httpx.get(f"{url}/v1/models", headers={"Host": "evil.example"}).status_code == 400
+    assert httpx.get(f"{url}/v1/models", headers={"Host": "[::1]:80"}).status_code == 200
     assert httpx.get(f"{url}/v1/models", headers={"Host": "localhost:80"}).status_code == 200
     body = json.dumps({"model": "auto", "messages": HELLO})
     simple = httpx.post(f"{url}/v1/chat/completions", content=body, headers={"Content-Type": "text/plain"})
