@@ -114,6 +114,11 @@ def terms_of(release: VerifiedRelease) -> list[str]:
     return [f"site {expert.site}: {expert.provenance.use}" for expert in experts]
 
 
+def ends_of_terms(release: VerifiedRelease) -> list[datetime]:
+    """When the time is over for which sites let their experts be used, of those that say so."""
+    return [expert.provenance.use.expires for expert in release.experts if expert.provenance.use]
+
+
 def cautions(release: VerifiedRelease, now: datetime) -> list[str]:
     """What somebody who is about to rely on the release should know, in sentences, although nothing was refused."""
     keyids = dict.fromkeys([release.keyid, *(expert.keyid for expert in release.experts)])

@@ -77,8 +77,8 @@ def serve(
 ) -> None:
     """Verify a release, load it, and answer as an OpenAI-compatible server.
 
-    SIGHUP judges the release anew and masks the experts of sites that were withdrawn since, SIGTERM lets the answers
-    under way be finished.
+    SIGHUP judges the release anew and masks the experts of sites that were withdrawn since, as it does by itself when
+    the time of a site's terms is over; SIGTERM lets the answers under way be finished.
 
     Example: fedcompose serve release
     """
@@ -150,9 +150,17 @@ def load_engine(release: VerifiedRelease, base: str | None, bfloat16: bool, spre
 
 
 def _listen(host: str, port: int) -> socket.socket:
-    """Taken before anything is loaded, so that a used port is known at once."""
+    """Taken before anything is loaded, so that a used port is known at once.
+
+    Where the system can, it gives up a connection whose reader has taken nothing for a while: closing alone would keep
+    what was not taken for ever.
+    """
+    from fedcompose.serve.limits import STALLED_SECONDS
+
     listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    if hasattr(socket, "TCP_USER_TIMEOUT"):  # Linux
+        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(STALLED_SECONDS * 1000))
     try:
         listener.bind((host, port))
     except OSError as error:

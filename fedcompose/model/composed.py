@@ -77,15 +77,9 @@ def load_release(
                 `FILE_CHANGED`; `ADAPTER_TENSORS`, `COMPOSE_SHAPES`, `ROUTER_INVALID` when a transfer does not fit.
             MissingError: `BASE_NOT_FOUND`; ConfigError, MissingError: as `fedcompose.model.spread.spread`.
     """
-    wanted = release.composition["base"]
-    base = base or resolve_base(wanted["name"])
-    if base.digest != wanted["dirHash"] and not transfer:
-        raise RefusedError(
-            "BASE_MISMATCH",
-            "the release was made for another base model",
-            expected=wanted["dirHash"],
-            got=f"{base.digest} ({base.path})",
-        )
+    base = base or resolve_base(release.composition["base"]["name"])
+    if not transfer:
+        check_base_bytes(release, base)
     model, tokenizer = load_base(base.path, dtype, to_gpu=not spread)
     shapes = base_shapes(base)
     if release.composition["attention"] is not None:
@@ -95,6 +89,18 @@ def load_release(
     config = RouterConfig.model_validate(release.composition["router"])
     model = _with_router(model, experts, config, release.read(ROUTER_FILE))
     return over_gpus(model) if spread else model, tokenizer
+
+
+def check_base_bytes(release: VerifiedRelease, base: Base) -> None:
+    """Raises: RefusedError: `BASE_MISMATCH`."""
+    wanted = release.composition["base"]["dirHash"]
+    if base.digest != wanted:
+        raise RefusedError(
+            "BASE_MISMATCH",
+            "the release was made for another base model",
+            expected=wanted,
+            got=f"{base.digest} ({base.path})",
+        )
 
 
 def prove_alive(model: Any, tokenizer: Any, names: Sequence[str]) -> None:

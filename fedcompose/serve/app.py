@@ -21,7 +21,6 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
 from starlette.exceptions import HTTPException
-from starlette.middleware.trustedhost import TrustedHostMiddleware
 
 import fedcompose
 from fedcompose.errors import ConfigError, FedcomposeError
@@ -30,13 +29,13 @@ from fedcompose.serve.card import release_card
 from fedcompose.serve.engine import EXPERT_PREFIX, Engine
 from fedcompose.serve.limits import Door, Gate
 from fedcompose.serve.metrics import CONTENT_TYPE, Metrics
-from fedcompose.serve.operations import Verdict, judge_on_hangup
+from fedcompose.serve.operations import Verdict, keep_judging
 from fedcompose.serve.protocol import ChatRequest, TextRequest
 from fedcompose.serve.replies import Reply, error_document, event
 from fedcompose.serve.writing import AUTO, BASE, Answer, Job, Token
 from fedcompose.signing import Signer
+from fedcompose.standing import ends_of_terms
 
-HOSTS = ["127.0.0.1", "localhost"]
 PAGE_POLICY = (  # the page asks nothing of anybody but this server
     "default-src 'none'; connect-src 'self'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; "
     "img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
@@ -61,7 +60,8 @@ def create_app(
 ) -> FastAPI:
     """The application around a loaded engine, which it closes when it ends.
 
-    `signer` signs receipts; every request passes the `door`; at `SIGHUP` the release is judged anew by `judge`.
+    `signer` signs receipts; every request passes the `door`; at `SIGHUP`, and when the time of a site's terms is over,
+    the release is judged anew by `judge`.
     """
     door, metrics = door or Door(), Metrics()
     door.seen = metrics.answered
@@ -70,14 +70,14 @@ def create_app(
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        if judge is not None:
-            judge_on_hangup(judge, door, engine.mask, engine.cancel_all)
+        judging = judge and keep_judging(judge, ends_of_terms(engine.release), door, engine.mask, engine.refuse)
         yield
+        if judging is not None:
+            judging.cancel()
         await asyncio.to_thread(engine.close)
 
     # The interactive pages of FastAPI load scripts from elsewhere; openapi.json stays.
     app = FastAPI(title="fedcompose", version=fedcompose.__version__, docs_url=None, redoc_url=None, lifespan=lifespan)
-    app.add_middleware(TrustedHostMiddleware, allowed_hosts=["*"] if door.keys else HOSTS)
     app.add_middleware(Gate, door=door)
     app.exception_handler(RequestValidationError)(_invalid)
     app.exception_handler(FedcomposeError)(_refused)
@@ -140,15 +140,16 @@ def _add_answers(app: FastAPI, engine: Engine, signer: Signer | None, metrics: M
     @app.post("/v1/chat/completions", response_model=None)
     async def chat(asked: ChatRequest, request: Request) -> Response:
         messages = [message.plain() for message in asked.messages]
-        settings = [asked.settings(choice) for choice in range(asked.n)]
-        jobs = await read(lambda: [engine.prepare(messages, each) for each in settings])
+        jobs = await read(lambda: engine.prepare(messages, asked.settings()).choices(asked.n))
         return await _answer(asked, jobs, request)
 
     @app.post("/v1/completions", response_model=None)
     async def complete(asked: TextRequest, request: Request) -> Response:
-        settings = [asked.settings(choice) for choice in range(asked.n)]
-        jobs = await read(lambda: [engine.prepare_text(text, each) for text in asked.prompt for each in settings])
-        return await _answer(asked, jobs, request)
+        def prepare() -> list[Job]:
+            prompts = [engine.prepare_text(text, asked.settings()) for text in asked.prompt]
+            return [job for prompt in prompts for job in prompt.choices(asked.n)]
+
+        return await _answer(asked, await read(prepare), request)
 
     async def _answer(asked: ChatRequest | TextRequest, jobs: Sequence[Job], request: Request) -> Response:
         if asked.receipt and signer is None:
@@ -156,7 +157,9 @@ def _add_answers(app: FastAPI, engine: Engine, signer: Signer | None, metrics: M
         reply = Reply(asked, engine.experts, engine.decode, sign)
         if asked.stream:
             headers = {"Cache-Control": "no-store"}
-            return StreamingResponse(_events(submit, jobs, reply), media_type="text/event-stream", headers=headers)
+            events = _events(submit, jobs, reply)
+            await anext(events)  # what cannot be begun is refused while there is a status to say so with
+            return StreamingResponse(events, media_type="text/event-stream", headers=headers)
         return JSONResponse(reply.whole(await _whole(submit, jobs, request)))
 
     def submit(job: Job, on_token: Callable[[Token], object] | None = None) -> Future[Answer]:
@@ -210,7 +213,10 @@ def _cancel(jobs: Sequence[Job]) -> None:
 
 
 async def _events(submit: Submit, jobs: Sequence[Job], reply: Reply) -> AsyncIterator[str]:
-    """The answers as server-sent events. Closed early, which a lost connection does, it cancels the jobs."""
+    """The answers as server-sent events, after a first empty piece that says that they are begun.
+
+    Closed early, which a lost connection does, it cancels the jobs.
+    """
     loop = asyncio.get_running_loop()
     news: asyncio.Queue[tuple[int, Token | None]] = asyncio.Queue()
 
@@ -225,6 +231,7 @@ async def _events(submit: Submit, jobs: Sequence[Job], reply: Reply) -> AsyncIte
 
     try:
         answers = await asyncio.to_thread(start)
+        yield ""
         for index in range(len(jobs)):
             if opening := reply.opening(index):
                 yield opening
@@ -262,7 +269,9 @@ async def _invalid(_: Request, error: RequestValidationError) -> JSONResponse:
 
 
 async def _refused(_: Request, error: FedcomposeError) -> JSONResponse:
-    status = {"MODEL_NOT_FOUND": 404, "ENGINE_DEAD": 503}.get(error.code, 400)
+    status = 503  # of the release or the machine, and not of the request
+    if isinstance(error, ConfigError):
+        status = 404 if error.code == "MODEL_NOT_FOUND" else 400
     kind = INVALID if status < 500 else "server_error"
     return JSONResponse(
         error_document(kind, error.diagnostics(), PARAMETERS.get(error.code), error.code.lower()), status

@@ -3,10 +3,11 @@
 In each forward call the tokens of all running requests lie in one row. Before it, every token's wish is put to the
 router; after it, every request's next token is chosen with that request's own settings and told with its routes.
 
-Three things about `ContinuousBatchingManager` decide how it is used here. Left alone it takes most of a machine's
+Four things about `ContinuousBatchingManager` decide how it is used here. Left alone it takes most of a machine's
 memory for its cache: the size is given. A request that outgrows the cache ends its thread for good: `Worker.capacity`
 says what fits, and nothing else is admitted. It shares the cache of equal prompts, which under different experts are
-not equal: sharing is off. Everything of it that is not public is used in this module alone.
+not equal: sharing is off. When its cache ran full it lets nobody in until an answer has reached its length, and not
+when answers end earlier, as most do: see `_let_in`. Everything of it that is not public is used in this module alone.
 """
 
 from __future__ import annotations
@@ -61,6 +62,7 @@ class Worker:
             self._manager.warmup()  # makes the processor; there is nothing to warm up without graphs
             self._processor = self._manager.batch_processor
             self._processor.model_runner._sample = self._sample
+            self._let_in(self._processor.scheduler)
             self.capacity = int(self._processor.cache.num_blocks) * PAGE_TOKENS - PAGE_TOKENS
             scope.callback(model.register_forward_pre_hook(self._before).remove)
             self._start()
@@ -122,6 +124,17 @@ class Worker:
         self._manager._generation_thread = thread
         thread.start()
         atexit.register(self.close)
+
+    def _let_in(self, scheduler: Any) -> None:
+        """An answer that ended early makes room too. For us it is a request that was cancelled."""
+        clear = scheduler.clear_cancelled_requests
+
+        def clear_and_let_in() -> Any:
+            if cleared := clear():
+                scheduler.block_new_requests = False
+            return cleared
+
+        scheduler.clear_cancelled_requests = clear_and_let_in
 
     def _prove(self) -> None:
         """Write one token: not every model can be run in this way, and some say so only then.

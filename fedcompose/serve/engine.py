@@ -23,7 +23,7 @@ from jinja2 import TemplateError
 
 from fedcompose.bases import Base, resolve_base
 from fedcompose.errors import ConfigError, MissingError, RefusedError
-from fedcompose.model.composed import load_release, prove_alive
+from fedcompose.model.composed import check_base_bytes, load_release, prove_alive
 from fedcompose.model.controls import MaskedScorer, PinnedRouter
 from fedcompose.model.learned import PromptRouter, Router
 from fedcompose.model.lm import load_base
@@ -65,7 +65,6 @@ class Settings:
     logprobs: int | None = None
     force: str | None = None  # this expert everywhere
     pins: tuple[Pin, ...] = ()
-    choice: int = 0  # which of several answers to one request: with a seed, each is another
 
     def sampling(self) -> Sampling:
         return Sampling(self.temperature, self.top_p, self.seed, self.logprobs)
@@ -97,6 +96,7 @@ class Engine:
         self.release = release
         self.experts = tuple(expert.site for expert in release.experts)
         self.masked: frozenset[str] = frozenset()
+        self._refused: str | None = None
         self.on_step: Callable[[int], object] | None = None
         self._base = base or resolve_base(release.composition["base"]["name"])
         self._spread = spread
@@ -160,7 +160,7 @@ class Engine:
 
         Raises: ConfigError: as `prepare`; `PROMPT_EMPTY`.
         """
-        tokens = list(self._tokenizer(prompt).input_ids)
+        tokens = self._read(prompt)
         if not tokens:
             raise ConfigError("PROMPT_EMPTY", "there is nothing to continue")
         return self._job(tokens, settings)
@@ -168,11 +168,14 @@ class Engine:
     def submit(self, job: Job, on_token: Callable[[Token], object] | None = None) -> Future[Answer]:
         """Write a job's answer; `on_token` is told each token, in the engine's thread.
 
-        Raises: MissingError: `ENGINE_DEAD`; ConfigError: `MODEL_NOT_FOUND` if the expert was masked in between.
+        Raises: MissingError: `ENGINE_DEAD`; ConfigError: `MODEL_NOT_FOUND` if the expert was masked in between;
+            RefusedError: with the code of `refuse`; `BASE_MISMATCH` if the base's files were changed since the start.
         """
         writing = Writing(job, self.experts, self.ends, self.decode, on_token)
         worker = self._base_worker() if job.wish is None else self._worker
         with self._masking:
+            if self._refused is not None:
+                raise RefusedError(self._refused, "nothing is answered here now")
             if any(self.experts[row] in self.masked for row in {*(job.wish or ())} - {NO_EXPERT}):
                 raise self._no_such_model()
             worker.submit(writing)
@@ -183,6 +186,12 @@ class Engine:
         for worker in self._workers:
             worker.cancel_all()
 
+    def refuse(self, code: str) -> None:
+        """From now on nothing is answered, until `mask` says again who may speak; what is written ends here."""
+        with self._masking:
+            self._refused = code
+            self.cancel_all()
+
     def mask(self, sites: Collection[str]) -> None:
         """From now on no router chooses these sites' experts, and nobody can force them; what is written ends here.
 
@@ -190,11 +199,12 @@ class Engine:
         """
         rows = [row for row, site in enumerate(self.experts) if site in sites]
         masked = frozenset(self.experts[row] for row in rows)
-        if masked == self.masked:
-            return
         if rows and len(self.experts) - len(rows) < self._least:
             raise RefusedError("EXPERT_UNMASKABLE", "this release cannot answer without these experts")
         with self._masking:
+            self._refused = None
+            if masked == self.masked:
+                return
             self.masked = masked
             if isinstance(self._chooser, PromptRouter | Router):
                 scorer = self._chooser.scorer
@@ -251,26 +261,43 @@ class Engine:
             self.on_step(distinct)
 
     def _base_worker(self) -> Worker:
-        """The base alone. The composed model cannot play it: the attention LoRA is merged into its weights."""
+        """The base alone. The composed model cannot play it: the attention LoRA is merged into its weights.
+
+        Raises: RefusedError: `BASE_MISMATCH` if its files were changed since the start.
+        """
         with self._loading:
             if self._plain is None:
+                check_base_bytes(self.release, resolve_base(self._base.path))
                 model, _ = load_base(self._base.path, dtype=self._model.dtype, to_gpu=not self._spread)
                 self._plain = self._work(over_gpus(model) if self._spread else model, None)
             return self._plain
 
     def _job(self, prompt: list[int], settings: Settings) -> Job:
-        wish = self._wish(prompt, settings)
         room = self.context - len(prompt)
         wanted = settings.max_tokens or min(DEFAULT_MAX_TOKENS, max(room, 1))
         if wanted > room:
-            raise ConfigError(
-                "CONTEXT_LENGTH_EXCEEDED",
-                "the messages and the answer do not fit the model",
-                expected=f"at most {self.context} tokens",
-                got=f"{len(prompt)} of the messages and {wanted} to write",
-                fix="shorten the messages or ask for fewer tokens",
-            )
-        return Job(prompt, wanted, settings.sampling(), settings.stop, wish, settings.choice)
+            raise self._too_long(f"{len(prompt)} of the messages and {wanted} to write")
+        return Job(prompt, wanted, settings.sampling(), settings.stop, self._wish(prompt, settings))
+
+    def _read(self, text: str, **options: bool) -> list[int]:
+        """The tokens of a text, unless it is so long that they cannot fit: to read all of it would take seconds."""
+        if len(text) > self.context * self._longest_token:
+            raise self._too_long(f"{len(text)} characters")
+        return list(self._tokenizer(text, **options).input_ids)
+
+    @cached_property
+    def _longest_token(self) -> int:
+        """In characters, or in the bytes that some vocabularies write as characters."""
+        return max(map(len, self._tokenizer.get_vocab()))
+
+    def _too_long(self, got: str) -> ConfigError:
+        return ConfigError(
+            "CONTEXT_LENGTH_EXCEEDED",
+            "the messages and the answer do not fit the model",
+            expected=f"at most {self.context} tokens",
+            got=got,
+            fix="shorten the messages or ask for fewer tokens",
+        )
 
     def _wish(self, prompt: Sequence[int], settings: Settings) -> Layers | None:
         """Who is to speak at each layer: the expert asked for, or the one that a router of prompts has chosen."""
@@ -308,11 +335,11 @@ class Engine:
     def _conversation(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
         """The conversation up to where the assistant begins to write, as `lm.prompt_ids` has it for one turn."""
         if self._tokenizer.chat_template is None:
-            return list(self._tokenizer("".join(each["content"] + "\n" for each in messages)).input_ids)
+            return self._read("".join(each["content"] + "\n" for each in messages))
         try:
             text = self._tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, tokenize=False)
         except TemplateError as error:
             raise ConfigError(
                 "MESSAGES_INVALID", "the base's chat template does not take these messages", got=type(error).__name__
             ) from error
-        return list(self._tokenizer(text, add_special_tokens=False).input_ids)
+        return self._read(text, add_special_tokens=False)

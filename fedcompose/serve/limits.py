@@ -1,9 +1,10 @@
 """What a request passes before it is answered: a key, a pace, room, and a body of a size that can be.
 
 The door stands before the application, so that a stranger's bytes are counted before anything reads them. What it
-refuses it refuses in OpenAI's shape: 401 without a key, 408 for a body that does not come, 413 for one that is too
-large, 429 with `Retry-After` when there are too many, 503 while nothing is answered at all. A place is taken until the
-last byte of the answer has left, and a reader who stops reading loses the answer.
+refuses it refuses in OpenAI's shape: 400 under a name that is not this machine's, 401 without a key, 408 for a body
+that does not come, 413 for one that is too large, 429 with `Retry-After` when there are too many, 503 while nothing is
+answered at all. A place is taken until the last byte of the answer has left, and a reader who stops reading loses the
+answer.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import hmac
+import ipaddress
 import json
 import logging
 import re
@@ -21,6 +23,7 @@ from dataclasses import dataclass, field
 from math import ceil
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from fedcompose.errors import ConfigError
 from fedcompose.files import read_limited
@@ -67,6 +70,16 @@ class TurnedAwayError(Exception):
         kind = {401: "authentication_error", 429: "rate_limit_error", 503: "server_error"}
         about = {"message": self.message, "type": kind.get(self.status, "invalid_request_error")}
         return json.dumps({"error": {**about, "param": None, "code": self.code}}).encode()
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine can reach a server at `host`."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
 
 
 class _GoneError(Exception):
@@ -142,6 +155,15 @@ class Door:
     in_flight: int = 0
     _buckets: dict[str, Bucket] = field(default_factory=dict)
 
+    def check_host(self, host: str) -> None:
+        """Without keys only who calls this machine by an own name or address: else any web page could call its server
+        by a name that its owner made point here.
+
+        Raises: TurnedAwayError: 400.
+        """
+        if not self.keys and not is_loopback(_without_port(host)):
+            raise TurnedAwayError(400, "host_unknown", "this server answers as localhost or 127.0.0.1 only")
+
     def who(self, authorization: str) -> str:
         """Whose key this is. All keys are compared, each in constant time, so that time tells nothing.
 
@@ -209,6 +231,7 @@ class Gate:
 
     async def _pass(self, scope: MutableMapping[str, Any], receive: Receive, answer: _Answer) -> None:
         headers = {name.decode("latin-1").lower(): value.decode("latin-1") for name, value in scope["headers"]}
+        self.door.check_host(headers.get("host", ""))
         if scope["path"] in OPEN_PATHS:
             await self.app(scope, receive, answer.send)
             return
@@ -276,6 +299,13 @@ class _Answer:
         headers = [*refusal.headers, (b"connection", b"close")]
         await self.send({"type": "http.response.start", "status": refusal.status, "headers": headers})
         await self.send({"type": "http.response.body", "body": refusal.body})
+
+
+def _without_port(host: str) -> str:
+    try:
+        return urlsplit(f"//{host}").hostname or ""
+    except ValueError:  # an unfinished IPv6 address
+        return ""
 
 
 def _replay(body: bytes, receive: Receive) -> Receive:

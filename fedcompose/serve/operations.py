@@ -1,7 +1,8 @@
 """What an operator does to a running server: ask whether it is ready, let it finish and stop, have it judge anew.
 
-A release is judged before it is loaded. What is withdrawn later reaches a running server by `SIGHUP`: it verifies the
-release's folder again, by all that this machine knows by then. The experts of sites that were withdrawn are masked;
+A release is judged before it is loaded. What is withdrawn later reaches a running server by `SIGHUP`, and by the clock
+where the time of a site's terms is over: it verifies the release's folder again, by all that this machine knows by
+then. The experts of sites that were withdrawn are masked;
 when anything else is refused, or no expert would be left, it closes its door. Answers that are being written end
 there. `SIGTERM` lets them be finished, for a while.
 """
@@ -9,21 +10,25 @@ there. `SIGTERM` lets them be finished, for a while.
 from __future__ import annotations
 
 import asyncio
-import ipaddress
 import logging
 import signal
 from collections.abc import Callable, Collection, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import partial
 from types import FrameType
 
 from fedcompose.errors import ConfigError, FedcomposeError, RefusedError
 from fedcompose.release import ReceivedRelease, VerifiedRelease
-from fedcompose.serve.limits import Door
+from fedcompose.serve.limits import Door, is_loopback
 from fedcompose.standing import verify_for_use, withdrawn_experts
 
 Verdict = Callable[[], Mapping[str, str]]  # as `Judge`
 Mask = Callable[[Collection[str]], object]  # as `Engine.mask`
+Refuse = Callable[[str], object]  # as `Engine.refuse`
+
+LOOK_SECONDS = 60.0  # between two looks at the clock, which can be set while the server runs
 
 log = logging.getLogger(__name__)
 
@@ -57,14 +62,14 @@ class Judge:
         return {site: refusal.code for site, refusal in withdrawn.items()}
 
 
-def judge_anew(judge: Verdict, door: Door, mask: Mask, cancel_all: Callable[[], object]) -> bool:
+def judge_anew(judge: Verdict, door: Door, mask: Mask, refuse: Refuse) -> bool:
     """Mask experts, and open or close the door, by today's judgement; whether it is open."""
     try:
         withdrawn = judge()
         mask(withdrawn)
     except Exception as failure:  # of any kind: what cannot be judged is not served
         door.closed = failure.code if isinstance(failure, FedcomposeError) else "JUDGEMENT_FAILED"
-        cancel_all()
+        refuse(door.closed)
         log.error("the release is refused; nothing is answered", extra={"code": door.closed})
         return False
     door.closed = None
@@ -74,17 +79,26 @@ def judge_anew(judge: Verdict, door: Door, mask: Mask, cancel_all: Callable[[], 
     return True
 
 
-def judge_on_hangup(judge: Verdict, door: Door, mask: Mask, cancel_all: Callable[[], object]) -> None:
-    """From now on `SIGHUP` judges anew, beside the answers; for the event loop of a main thread."""
-    loop = asyncio.get_running_loop()
-    running: set[asyncio.Future[bool]] = set()
+def keep_judging(
+    judge: Verdict, ends: Collection[datetime], door: Door, mask: Mask, refuse: Refuse
+) -> asyncio.Task[None]:
+    """From now on judge anew at each `SIGHUP`, and once one of `ends` is past; for the event loop of a main thread."""
+    hangup = asyncio.Event()
+    asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, hangup.set)
+    return asyncio.create_task(_keep_judging(hangup, ends, partial(judge_anew, judge, door, mask, refuse)))
 
-    def begin() -> None:
-        future = asyncio.ensure_future(asyncio.to_thread(judge_anew, judge, door, mask, cancel_all))
-        running.add(future)  # the loop itself would forget it
-        future.add_done_callback(running.discard)
 
-    loop.add_signal_handler(signal.SIGHUP, begin)
+async def _keep_judging(hangup: asyncio.Event, ends: Collection[datetime], judge: Callable[[], object]) -> None:
+    """One judgement after the other, so that the last one counts; beside the answers."""
+    while True:
+        ahead = [end for end in ends if end > datetime.now(UTC)]
+        if hangup.is_set() or len(ahead) < len(ends):
+            hangup.clear()
+            ends = ahead
+            await asyncio.to_thread(judge)
+        seconds = min([LOOK_SECONDS, *((end - datetime.now(UTC)).total_seconds() for end in ends)])
+        with suppress(TimeoutError):
+            await asyncio.wait_for(hangup.wait(), seconds)
 
 
 def end_quietly_on_terminate() -> None:
@@ -94,16 +108,6 @@ def end_quietly_on_terminate() -> None:
     def ignore(number: int, frame: FrameType | None) -> None: ...
 
     signal.signal(signal.SIGTERM, ignore)
-
-
-def is_loopback(host: str) -> bool:
-    """Whether only this machine can reach a server at `host`."""
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
 
 
 def check_exposure(host: str, has_keys: bool) -> None:

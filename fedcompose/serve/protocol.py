@@ -7,16 +7,29 @@ Ours are `routing`, which tells and can decide who speaks, `return_routed_expert
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from itertools import islice
+from typing import Annotated, Any, Literal, LiteralString
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    FailFast,
+    Field,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
+from pydantic_core import PydanticCustomError
 
 from fedcompose.serve.engine import Pin, Settings
 
+MAX_FIELDS = 64  # that are looked at, more than any object here has: each unknown one costs an error
 MAX_MESSAGES = 1000
+MAX_PARTS = 64  # of a message
 MAX_CONTENT_CHARACTERS = 1 << 20
 MAX_STOPS = 4  # OpenAI's limit too
-MAX_CHOICES = 16  # answers to one request
+MAX_CHOICES = 16  # answers to one request, of all its prompts together
 MAX_PINS = 256
 MAX_TOP_LOGPROBS = 20  # OpenAI's limits too, here and for completions
 MAX_TEXT_LOGPROBS = 5
@@ -25,9 +38,13 @@ Count = Annotated[int, Field(ge=1)]
 Name = Annotated[str, Field(max_length=256)]
 Text = Annotated[str, Field(max_length=MAX_CONTENT_CHARACTERS)]
 Stop = Annotated[str, Field(min_length=1, max_length=256)]
-# One string or several: made several before the check, so that errors name one field and not two readings of it.
+# One string or several: made several before the check, so that errors name one field and not two readings of it. Of
+# every list the length is checked before its items, and the first bad item ends it: a body could hold millions.
 Stops = Annotated[
-    list[Stop], BeforeValidator(lambda given: [given] if isinstance(given, str) else given), Field(max_length=MAX_STOPS)
+    list[Stop],
+    FailFast(),
+    Field(max_length=MAX_STOPS),
+    BeforeValidator(lambda given: [given] if isinstance(given, str) else given),
 ]
 Zero = Annotated[float, Field(ge=0, le=0)]
 Layer = Annotated[int, Field(ge=0)]
@@ -40,8 +57,12 @@ class _Part(BaseModel):
     @classmethod
     def _null_is_absent(cls, value: Any) -> Any:
         if isinstance(value, dict):
-            return {key: each for key, each in value.items() if each is not None}
+            return dict(islice(((key, each) for key, each in value.items() if each is not None), MAX_FIELDS))
         return value
+
+
+def _in_vain(why: LiteralString) -> PydanticCustomError:
+    return PydanticCustomError("in_vain", why)
 
 
 class TextPart(_Part):
@@ -57,6 +78,8 @@ class Message(_Part):
     role: Literal["system", "user", "assistant"]
     content: Annotated[
         list[TextPart],
+        FailFast(),
+        Field(max_length=MAX_PARTS),
         BeforeValidator(lambda given: [{"type": "text", "text": given}] if isinstance(given, str) else given),
     ]
 
@@ -88,7 +111,7 @@ class Routing(_Part):
     """Tell who speaks; and `force` one expert everywhere, or `pins` for some layers."""
 
     force: Name | None = None
-    pins: Annotated[list[PinnedLayers], Field(max_length=MAX_PINS)] = []
+    pins: Annotated[list[PinnedLayers], FailFast(), Field(max_length=MAX_PINS)] = []
 
 
 def _routing(given: Any) -> Any:
@@ -114,6 +137,13 @@ class _Request(_Part):
     frequency_penalty: Zero = 0.0
     presence_penalty: Zero = 0.0
 
+    @field_validator("stream_options")
+    @classmethod
+    def _of_a_stream(cls, value: StreamOptions, info: ValidationInfo) -> StreamOptions:
+        if value.include_usage and not info.data.get("stream"):
+            raise _in_vain("ask for stream too: without, the usage is always told")
+        return value
+
     @property
     def likely(self) -> int | None:
         """How many likely tokens to tell besides each chosen one; None where no probabilities are asked for."""
@@ -123,7 +153,7 @@ class _Request(_Part):
     def length(self) -> int | None:
         return self.max_tokens
 
-    def settings(self, choice: int = 0) -> Settings:
+    def settings(self) -> Settings:
         routing = self.routing or Routing()
         return Settings(
             model=self.model,
@@ -135,18 +165,31 @@ class _Request(_Part):
             logprobs=self.likely,
             force=routing.force,
             pins=tuple(Pin(each.expert, *each.layers) for each in routing.pins),
-            choice=choice,
         )
 
 
 class ChatRequest(_Request):
     """What `/v1/chat/completions` takes."""
 
-    messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES)]
+    messages: Annotated[list[Message], FailFast(), Field(min_length=1, max_length=MAX_MESSAGES)]
     max_completion_tokens: Count | None = None
     logprobs: bool = False
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] = 0
     response_format: ResponseFormat = ResponseFormat(type="text")
+
+    @field_validator("max_completion_tokens")
+    @classmethod
+    def _one_length(cls, value: int, info: ValidationInfo) -> int:
+        if info.data.get("max_tokens") not in (None, value):
+            raise _in_vain("max_tokens asks for another number: send one of the two")
+        return value
+
+    @field_validator("top_logprobs")
+    @classmethod
+    def _beside_logprobs(cls, value: int, info: ValidationInfo) -> int:
+        if value and not info.data.get("logprobs"):
+            raise _in_vain("ask for logprobs too: without, none are told")
+        return value
 
     @property
     def likely(self) -> int | None:
@@ -162,11 +205,19 @@ class TextRequest(_Request):
 
     prompt: Annotated[
         list[Annotated[Text, Field(min_length=1)]],
-        BeforeValidator(lambda given: [given] if isinstance(given, str) else given),
+        FailFast(),
         Field(min_length=1, max_length=MAX_CHOICES),
+        BeforeValidator(lambda given: [given] if isinstance(given, str) else given),
     ]
     logprobs: Annotated[int, Field(ge=0, le=MAX_TEXT_LOGPROBS)] | None = None
     echo: Literal[False] = False
+
+    @field_validator("prompt")
+    @classmethod
+    def _few_answers(cls, value: list[str], info: ValidationInfo) -> list[str]:
+        if len(value) * info.data.get("n", 1) > MAX_CHOICES:
+            raise PydanticCustomError("too_many", "at most {most} answers to one request", {"most": MAX_CHOICES})
+        return value
 
     @property
     def likely(self) -> int | None:

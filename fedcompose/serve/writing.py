@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, InvalidStateError
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from fedcompose.model.router import NO_EXPERT
@@ -37,9 +37,13 @@ class Job:
     sampling: Sampling
     stops: tuple[str, ...]
     wish: Layers | None
-    choice: int = 0  # which of the answers to a request
-    _cancelled: threading.Event = field(default_factory=threading.Event)
-    _heed: Callable[[], object] | None = None
+    choice: int = 0  # which of several answers to one request: with a seed, each is another
+    _cancelled: threading.Event = field(default_factory=threading.Event, init=False)
+    _heed: Callable[[], object] | None = field(default=None, init=False)
+
+    def choices(self, count: int) -> list[Job]:
+        """As many answers to the same request, each a job of its own."""
+        return [replace(self, choice=choice) for choice in range(count)]
 
     def cancel(self) -> None:
         self._cancelled.set()

@@ -15,7 +15,7 @@ from fedcompose.commands import verify as verifying
 from fedcompose.errors import ConfigError, RefusedError
 from fedcompose.files import write_atomic
 from fedcompose.release import ReceivedRelease, verify_release
-from fedcompose.standing import terms_of, verify_for_use
+from fedcompose.standing import ends_of_terms, terms_of, verify_for_use
 from fedcompose_client.config import Use
 from fedcompose_client.preview import describe_offer
 from fedcompose_coordinator import home as homes
@@ -95,7 +95,8 @@ def test_a_release_outlives_its_terms_as_an_archive_and_is_not_loaded(settled: F
     settled.receive()
     settled.compose()
     path, roots = settled.release().path, [settled.root.keyid]
-    verify_for_use(ReceivedRelease(path), roots)
+    (end,) = ends_of_terms(verify_for_use(ReceivedRelease(path), roots))
+    assert timedelta(0) < end - datetime.now(UTC) < timedelta(days=5)
     later = datetime.now(UTC) + timedelta(days=5)
     verify_release(ReceivedRelease(path), roots, later)
     assert code_of(lambda: verify_for_use(ReceivedRelease(path), roots, later)) == "USE_EXPIRED"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import re
 import threading
@@ -9,6 +10,8 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import httpx
@@ -18,12 +21,17 @@ import torch
 from fastapi.testclient import TestClient
 from openai import OpenAI
 
+from fedcompose.errors import RefusedError
 from fedcompose.model.composed import load_release
 from fedcompose.model.controls import FixedRouter
 from fedcompose.model.lm import load_base
+from fedcompose.provenance import UseTerms
 from fedcompose.release import VerifiedRelease
 from fedcompose.serve.app import create_app
+from fedcompose.serve.batching import engine_dead
 from fedcompose.serve.engine import Engine, Settings
+from fedcompose.serve.limits import Door
+from fedcompose.serve.writing import Job
 from tests.fedcompose.serve.serving import HELLO, served
 from tests.federation_sim import FederationSim
 
@@ -245,6 +253,13 @@ def test_null_is_the_same_as_absent(url: str) -> None:
     assert post(url, max_tokens=1, tools=None, stop=None, temperature=None).status_code == 200
 
 
+@pytest.mark.parametrize("text", ['"\\ud800"', '[{"type": "text", "text": "\\ud800"}]'])
+def test_half_a_character_is_refused(url: str, text: str) -> None:
+    body = f'{{"model": "auto", "messages": [{{"role": "user", "content": {text}}}]}}'
+    reply = httpx.post(f"{url}/v1/chat/completions", content=body, headers={"Content-Type": "application/json"})
+    assert (reply.status_code, reply.json()["error"]["param"]) == (400, "messages.0.content.0.text")
+
+
 @pytest.mark.parametrize("content", [b"", b"{", b"[]", b'"x"', b"\xff", b"[" * 100_000, b"9" * 5000])
 def test_a_body_that_is_no_json_object_is_refused(url: str, content: bytes) -> None:
     reply = httpx.post(
@@ -287,6 +302,82 @@ def test_all_prompts_are_read_in_one_thread(url: str, engine: Engine, monkeypatc
 
 
 @pytest.mark.parametrize("stream", [True, False])
+def test_what_cannot_be_begun_is_refused_with_a_status_and_leaves_nothing_running(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch, stream: bool
+) -> None:
+    submit, jobs = engine.submit, []
+
+    def once(job: Job, *heard: Any) -> Any:
+        jobs.append(job)
+        if len(jobs) > 1:
+            raise engine_dead()
+        return submit(job, *heard)
+
+    monkeypatch.setattr(engine, "submit", once)
+    http = TestClient(create_app(engine), "http://127.0.0.1")
+    body = {"model": "auto", "messages": HELLO, "max_tokens": 400, "stream": stream, "n": 2}
+    reply = http.post("/v1/chat/completions", json=body)
+    assert (reply.status_code, reply.json()["error"]["code"]) == (503, "engine_dead")
+    assert [job.cancelled for job in jobs] == [True, True]
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_what_was_let_in_before_the_release_was_refused_is_not_answered(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch, stream: bool
+) -> None:
+    prepare = engine.prepare
+
+    def slow(*given: Any) -> Job:
+        job = prepare(*given)
+        engine.refuse("USE_EXPIRED")
+        return job
+
+    monkeypatch.setattr(engine, "prepare", slow)
+    body = {"model": "auto", "messages": HELLO, "max_tokens": 4, "stream": stream}
+    reply = TestClient(create_app(engine), "http://127.0.0.1").post("/v1/chat/completions", json=body)
+    engine.mask(())
+    assert (reply.status_code, reply.json()["error"]["code"]) == (503, "use_expired")
+
+
+def test_when_the_time_of_a_sites_terms_is_over_the_door_closes(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def judge() -> dict[str, str]:
+        raise RefusedError("USE_EXPIRED", "the time is over")
+
+    monkeypatch.setattr(engine, "close", lambda: None)
+    expert = engine.release.experts[0]
+    terms = UseTerms(
+        purpose="tests", recipients=("hub",), expires=datetime.now(UTC) + timedelta(seconds=1), contact="me"
+    )
+    claims = expert.provenance.model_copy(update={"use": terms})
+    experts = (replace(expert, provenance=claims), *engine.release.experts[1:])
+    monkeypatch.setattr(engine, "release", replace(engine.release, experts=experts))
+    door = Door()
+    app = create_app(engine, door=door, judge=judge)
+
+    async def main() -> None:
+        async with app.router.lifespan_context(app):
+            await asyncio.sleep(0.1)
+            assert door.closed is None
+            while door.closed is None:
+                await asyncio.sleep(0.01)
+
+    asyncio.run(asyncio.wait_for(main(), 10))
+    engine.mask(())
+    assert door.closed == "USE_EXPIRED"
+
+
+def test_a_prompt_is_read_once_however_many_answers_it_has(
+    url: str, engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read, prepare = [], engine.prepare
+    monkeypatch.setattr(engine, "prepare", lambda *given: read.append(1) or prepare(*given))
+    assert len(post(url, n=3, max_tokens=1).json()["choices"]) == 3
+    assert read == [1]
+
+
+@pytest.mark.parametrize("stream", [True, False])
 def test_a_client_that_goes_away_stops_its_answer(
     url: str, engine: Engine, monkeypatch: pytest.MonkeyPatch, stream: bool
 ) -> None:
@@ -313,6 +404,7 @@ def test_a_client_that_goes_away_stops_its_answer(
 
 def test_a_page_elsewhere_cannot_reach_it_under_its_own_name(url: str) -> None:
     assert httpx.get(f"{url}/v1/models", headers={"Host": "evil.example"}).status_code == 400
+    assert httpx.get(f"{url}/v1/models", headers={"Host": "[::1]:80"}).status_code == 200
     assert httpx.get(f"{url}/v1/models", headers={"Host": "localhost:80"}).status_code == 200
     body = json.dumps({"model": "auto", "messages": HELLO})
     simple = httpx.post(f"{url}/v1/chat/completions", content=body, headers={"Content-Type": "text/plain"})

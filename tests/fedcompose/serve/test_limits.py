@@ -60,6 +60,7 @@ def ask(
     async def send(message: Any) -> None:
         sent.append(message)
 
+    headers = {"host": "localhost:8000"} | headers
     encoded = [(name.replace("_", "-").encode(), value.encode()) for name, value in headers.items()]
     scope = {"type": "http", "path": path, "method": method, "headers": encoded}
     asyncio.run(Gate(app, door)(scope, receive, send))
@@ -72,6 +73,21 @@ def test_without_limits_a_request_arrives_whole_and_gives_its_place_back() -> No
     door = Door()
     assert ask(door, pieces(b"12", b"345")) == (200, {}, b"5")
     assert door.in_flight == 0
+
+
+@pytest.mark.parametrize(
+    ("host", "known"),
+    [
+        *((host, True) for host in ("localhost", "LOCALHOST:80", "127.0.0.1:8000", "127.5.5.5", "[::1]:8000", "[::1]")),
+        *((host, False) for host in ("evil.example", "localhost.evil.example:80", "127.0.0.1.evil.example")),
+        *((host, False) for host in ("192.168.1.5", "[::1", "[", "")),
+    ],
+)
+@pytest.mark.parametrize("path", ["/", "/v1/models"])
+def test_without_keys_it_answers_to_names_of_this_machine_only(host: str, known: bool, path: str) -> None:
+    status, _, body = ask(Door(), host=host, path=path, method="GET")
+    assert status == (200 if known else 400)
+    assert known or json.loads(body)["error"]["code"] == "host_unknown"
 
 
 def test_a_key_is_wanted_where_there_are_keys_and_only_a_known_one_will_do(tmp_path: Path) -> None:
@@ -189,7 +205,7 @@ def test_a_reader_who_stalls_loses_the_answer(monkeypatch: pytest.MonkeyPatch) -
         async def send(message: Any) -> None:
             await asyncio.sleep(3600)
 
-        scope = {"type": "http", "path": "/v1/x", "method": "POST", "headers": []}
+        scope = {"type": "http", "path": "/v1/x", "method": "POST", "headers": [(b"host", b"localhost")]}
         await asyncio.wait_for(Gate(echo, door)(scope, receive, send), 5)
 
     asyncio.run(main())

@@ -4,10 +4,11 @@ import asyncio
 import os
 import shutil
 import signal
+import threading
 import time
 from collections.abc import Callable, Collection
 from contextlib import nullcontext
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +20,17 @@ from fedcompose.errors import ConfigError, RefusedError
 from fedcompose.release import ReceivedRelease
 from fedcompose.revocations import RevokedKey, next_revocations, no_revocations
 from fedcompose.serve.limits import Door
-from fedcompose.serve.operations import Judge, check_exposure, judge_anew, judge_on_hangup
+from fedcompose.serve.operations import Judge, check_exposure, judge_anew, keep_judging
 from fedcompose.standing import verify_for_use
 from fedcompose.trust_state import accept_revocations, trusted_federation
 from tests.federation_sim import FederationSim
 
 Change = Callable[[dict[str, Any]], object]
 Happening = Callable[[FederationSim], None]
+
+
+def nothing(_: object) -> None:
+    pass
 
 
 @pytest.fixture
@@ -38,9 +43,9 @@ def judge(talking_sim: FederationSim, tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 def test_a_good_release_opens_the_door_again(judge: Judge) -> None:
-    door, masked, cancelled = Door(closed="KEY_REVOKED"), [], []
-    assert judge_anew(judge, door, masked.append, lambda: cancelled.append(1))
-    assert (door.closed, masked, cancelled) == (None, [{}], [])
+    door, masked, refused = Door(closed="KEY_REVOKED"), [], []
+    assert judge_anew(judge, door, masked.append, refused.append)
+    assert (door.closed, masked, refused) == (None, [{}], [])
 
 
 def test_a_release_that_was_tampered_with_since_closes_the_door_and_ends_answers(judge: Judge) -> None:
@@ -48,10 +53,10 @@ def test_a_release_that_was_tampered_with_since_closes_the_door_and_ends_answers
     data = bytearray(path.read_bytes())
     data[-1] ^= 1
     path.write_bytes(data)
-    door, cancelled = Door(), []
+    door, refused = Door(), list[str]()
 
-    assert not judge_anew(judge, door, lambda sites: None, lambda: cancelled.append(1))
-    assert (door.closed, cancelled) == ("FILE_CHANGED", [1])
+    assert not judge_anew(judge, door, lambda sites: None, refused.append)
+    assert (door.closed, refused) == ("FILE_CHANGED", ["FILE_CHANGED"])
 
 
 def changed(*changes: Change) -> Happening:
@@ -110,7 +115,7 @@ def test_a_withdrawn_site_is_masked_and_a_withdrawn_coordinator_refused(
     for roots in (judge.root_fingerprints, None):  # believed for a fingerprint, or for what was accepted
         door, masked = Door(), list[Any]()
         again = Judge(judge.release, roots)
-        assert judge_anew(again, door, masked.append, lambda: None) is not isinstance(expected, str)
+        assert judge_anew(again, door, masked.append, nothing) is not isinstance(expected, str)
         assert (door.closed if isinstance(expected, str) else masked[0]) == expected
         with nullcontext() if expected == {} else pytest.raises(RefusedError):
             verify_for_use(ReceivedRelease(judge.release.path), roots)
@@ -134,7 +139,7 @@ def test_what_cannot_be_judged_is_not_served() -> None:
         raise OSError("no such device")
 
     door = Door()
-    assert not judge_anew(fail, door, lambda sites: None, lambda: None)
+    assert not judge_anew(fail, door, nothing, nothing)
     assert door.closed == "JUDGEMENT_FAILED"
 
 
@@ -144,9 +149,9 @@ def test_an_engine_that_cannot_mask_answers_nothing(judge: Judge, talking_sim: F
             raise RefusedError("EXPERT_UNMASKABLE", "not without them")
 
     door = Door()
-    assert judge_anew(judge, door, mask, lambda: None)
+    assert judge_anew(judge, door, mask, nothing)
     changed(suspended("site-b"))(talking_sim)
-    assert not judge_anew(judge, door, mask, lambda: None)
+    assert not judge_anew(judge, door, mask, nothing)
     assert door.closed == "EXPERT_UNMASKABLE"
 
 
@@ -165,18 +170,60 @@ def test_a_hangup_judges_beside_the_answers() -> None:
         raise RefusedError("KEY_REVOKED", "a key was withdrawn")
 
     async def main() -> float:
-        judge_on_hangup(refuse, door, lambda sites: None, lambda: None)
+        judging = keep_judging(refuse, [], door, nothing, nothing)
         os.kill(os.getpid(), signal.SIGHUP)
         longest, before = 0.0, time.monotonic()
         while door.closed is None:
             await asyncio.sleep(0.005)
             longest, before = max(longest, time.monotonic() - before), time.monotonic()
         asyncio.get_running_loop().remove_signal_handler(signal.SIGHUP)
+        judging.cancel()
         return longest
 
     longest = asyncio.run(asyncio.wait_for(main(), 10))
     assert door.closed == "KEY_REVOKED"
     assert longest < 0.09
+
+
+def test_a_hangup_during_a_judgement_is_judged_after_it() -> None:
+    door, codes, alone = Door(), ["KEY_REVOKED", "SITE_SUSPENDED"], threading.Lock()
+
+    def refuse() -> dict[str, str]:
+        assert alone.acquire(blocking=False), "two at the same time"
+        code = codes.pop(0)
+        if codes:
+            os.kill(os.getpid(), signal.SIGHUP)
+            time.sleep(0.1)
+        alone.release()
+        raise RefusedError(code, "withdrawn")
+
+    async def main() -> None:
+        judging = keep_judging(refuse, [], door, nothing, nothing)
+        os.kill(os.getpid(), signal.SIGHUP)
+        while door.closed != "SITE_SUSPENDED":
+            await asyncio.sleep(0.005)
+        asyncio.get_running_loop().remove_signal_handler(signal.SIGHUP)
+        judging.cancel()
+
+    asyncio.run(asyncio.wait_for(main(), 10))
+
+
+def test_when_the_time_of_a_sites_terms_is_over_it_is_judged_without_a_hangup() -> None:
+    end = datetime.now(UTC) + timedelta(seconds=0.2)
+    judged: list[datetime] = []
+
+    def judge() -> dict[str, str]:
+        judged.append(datetime.now(UTC))
+        return {"site-a": "USE_EXPIRED"}
+
+    async def main() -> None:
+        judging = keep_judging(judge, [end, end + timedelta(days=1)], Door(), nothing, nothing)
+        await asyncio.sleep(0.5)
+        asyncio.get_running_loop().remove_signal_handler(signal.SIGHUP)
+        judging.cancel()
+
+    asyncio.run(main())
+    assert len(judged) == 1 and judged[0] >= end
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.168.1.5", "example.org", "127.0.0.1.example.org", ""])  # noqa: S104

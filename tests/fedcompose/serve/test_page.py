@@ -157,6 +157,27 @@ def test_it_fits_a_phone(page: Browser, width: int) -> None:
     assert wide <= width
 
 
+def test_a_masked_sites_row_is_nobody_elses(engine: Engine, url: str) -> None:
+    """Nor are rows in which all experts spoke anybody's."""
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as profile, browser(Path(profile)) as page:
+        engine.mask({"site-a"})
+        try:
+            page.open(url)
+            page.wait("document.querySelectorAll('.expert').length == 2")
+            ask(page, "Hello you")
+            page.js("document.querySelector('.token').click()")
+            assert "site-b" in page.js("document.getElementById('spoken').textContent")
+            assert page.js("[...document.getElementById('pin').options].map(each => each.value).join()") == ",site-b"
+            page.js(
+                "const lane = new Lane('auto'); document.getElementById('log').append(lane.node);"
+                "lane.write({text: 'x', expert: 'merged', agreement: 1, layers: [-1, -1]}); lane.add_map();"
+                "lane.choose(0)"
+            )
+            assert page.complaints == []
+        finally:
+            engine.mask(())
+
+
 def test_it_asks_nobody_else_and_nothing_goes_wrong(page: Browser, url: str) -> None:
     assert all(address.startswith(url) for address in page.requested), page.requested
     assert page.complaints == []

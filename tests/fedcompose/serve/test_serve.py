@@ -15,6 +15,8 @@ from pathlib import Path
 import pytest
 
 from fedcompose.cli import main
+from fedcompose.commands import serve
+from fedcompose.serve.limits import STALLED_SECONDS
 from tests.federation_sim import FederationSim
 
 
@@ -72,6 +74,17 @@ def test_a_port_in_use_is_said_before_anything_is_loaded(
         main(["serve", str(folder), *trust, "--port", str(taken.getsockname()[1])])
     assert end.value.code == 2
     assert capsys.readouterr().err.startswith("PORT_UNUSABLE: ")
+
+
+@pytest.mark.skipif(not hasattr(socket, "TCP_USER_TIMEOUT"), reason="of Linux")
+def test_a_connection_whose_reader_takes_nothing_is_given_up_by_the_system() -> None:
+    with serve._listen("127.0.0.1", 0) as listener:
+        listener.listen()
+        with socket.create_connection(listener.getsockname()):
+            accepted, _ = listener.accept()
+            with accepted:
+                milliseconds = accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT)
+    assert milliseconds == STALLED_SECONDS * 1000
 
 
 def test_what_it_prints_works_and_it_ends_at_ctrl_c(folder: Path, trust: list[str]) -> None:

@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import random
+import shutil
 from collections.abc import Iterator
 from concurrent.futures import Future, wait
 from contextlib import nullcontext
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from fedcompose.bases import resolve_base
 from fedcompose.errors import ConfigError, MissingError, RefusedError
+from fedcompose.model.lm import load_base
 from fedcompose.release import VerifiedRelease
 from fedcompose.serve import batching, sequential
 from fedcompose.serve.engine import Engine, Pin, Settings
-from fedcompose.serve.writing import Answer
+from fedcompose.serve.sampling import Sampling
+from fedcompose.serve.writing import Answer, Job, Writing
 from tests.federation_sim import FederationSim
 
 LONG = "All the same beginning, longer than a page of the cache. " * 2
@@ -139,6 +144,30 @@ def test_the_cache_is_empty_when_all_is_said(engine: Engine) -> None:
     assert engine.cache_free > 0.99
 
 
+def test_a_cache_that_ran_full_is_open_again_when_answers_ended_early(
+    tiny_base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(batching, "CACHED_TOKENS", 0)
+    model, _ = load_base(tiny_base, torch.float32)
+    worker = batching.Worker(model, None, 128)
+    blocked: list[bool] = []
+    model.register_forward_pre_hook(lambda *_: blocked.append(worker._processor.scheduler.block_new_requests))
+
+    def start(number: int) -> Writing:
+        job = Job([5 + number] * 20, 100, Sampling(), ("x" * 60,), None)
+        writing = Writing(job, (), frozenset(), lambda tokens: "x" * len(tokens), None)
+        worker.submit(writing)
+        return writing
+
+    try:
+        writings = [start(number) for number in range(4)]  # each fits, all together do not
+        assert {writing.answer.result(timeout=60).finish for writing in writings} == {"stop"}
+        assert any(blocked), "a cache that is never full shows nothing"
+        assert start(4).answer.result(timeout=60).finish == "stop"
+    finally:
+        worker.close()
+
+
 def test_who_is_cancelled_before_the_manager_knows_of_him_is_cancelled_when_it_does(
     engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -159,6 +188,23 @@ def test_a_prompt_longer_than_a_step_is_read_in_parts(engine: Engine) -> None:
     long = "y" * (engine.context - 40)
     both = [ask(engine, long, Settings(max_tokens=4)) for _ in range(3)]
     assert len({said(answer) for answer in both}) == 1
+
+
+def test_what_cannot_fit_is_not_routed(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A router of prompts would take all of it into memory."""
+    monkeypatch.setattr(engine, "_wish", lambda *_: pytest.fail("routed"))
+    with pytest.raises(ConfigError) as caught:
+        engine.prepare_text("x" * engine.context, Settings(max_tokens=1))
+    assert caught.value.code == "CONTEXT_LENGTH_EXCEEDED"
+
+
+def test_what_cannot_fit_is_not_even_read(engine: Engine) -> None:
+    longest = max(engine._tokenizer.get_vocab(), key=len)
+    for text in (longest * engine.context, longest * engine.context + "x"):
+        with pytest.raises(ConfigError) as caught:
+            engine.prepare_text(text, Settings(max_tokens=1))
+        assert caught.value.code == "CONTEXT_LENGTH_EXCEEDED"
+        assert ("characters" in str(caught.value.got)) is text.endswith("x")
 
 
 @pytest.mark.parametrize(
@@ -205,6 +251,21 @@ def test_a_masked_expert_never_speaks_again(release: VerifiedRelease, talking_si
         engine.close()
 
 
+def test_what_was_prepared_before_the_release_was_refused_is_not_answered(engine: Engine) -> None:
+    early = engine.prepare([{"role": "user", "content": "Hello you"}], Settings(max_tokens=4))
+    under_way = ask(engine, "Hello you", Settings(max_tokens=400))
+    engine.refuse("USE_EXPIRED")
+    try:
+        assert under_way.result(timeout=60).finish == "cancelled"
+        for job in (early, replace(early, wish=None)):
+            with pytest.raises(RefusedError) as caught:
+                engine.submit(job)
+            assert caught.value.code == "USE_EXPIRED"
+    finally:
+        engine.mask(())
+    assert engine.submit(early).result(timeout=60).finish == "length"
+
+
 @pytest.mark.parametrize(("estimator", "masks"), [("hard", True), ("sampled", False), ("identity", False)])
 def test_who_always_speaks_cannot_be_masked(
     engine: Engine, release: VerifiedRelease, monkeypatch: pytest.MonkeyPatch, estimator: str, masks: bool
@@ -237,6 +298,22 @@ def test_an_engine_that_died_says_so(release: VerifiedRelease, talking_sim: Fede
         assert not engine.alive
         with pytest.raises(MissingError):
             ask(engine, "Hello", Settings())
+    finally:
+        engine.close()
+
+
+def test_a_base_that_was_changed_since_the_start_is_not_loaded(
+    release: VerifiedRelease, talking_sim: FederationSim, tmp_path: Path
+) -> None:
+    base = resolve_base(shutil.copytree(talking_sim.base.path, tmp_path / "base"))
+    engine = Engine(release, base, torch.float32)
+    try:
+        config = base.path / "generation_config.json"
+        config.write_text(config.read_text() + "\n")
+        with pytest.raises(RefusedError) as caught:
+            ask(engine, "Hello", Settings("base", max_tokens=1))
+        assert caught.value.code == "BASE_MISMATCH"
+        assert said(ask(engine, "Hello", Settings(max_tokens=1)))
     finally:
         engine.close()
 
