@@ -121,8 +121,14 @@ def verify_receipt(envelope: bytes, public_pems: Sequence[bytes]) -> Receipt:
         raise RefusedError("RECEIPT_INVALID", "this is no receipt", got=f"{where} {first['msg']}".strip()) from error
 
 
-def check_answer(receipt: Receipt, text: str) -> None:
-    """Raises: RefusedError: `RECEIPT_OTHER_ANSWER` when the receipt is about other words."""
+def check_answer(receipt: Receipt, text: str, said: Mapping[str, object] | None = None) -> None:
+    """The receipt is about these words; `said` is the `id` and `model` of the whole answer, where that is there.
+
+    Raises: RefusedError: `RECEIPT_OTHER_ANSWER`.
+    """
+    for name, value in (said or {}).items():
+        if value != getattr(receipt, name):
+            raise RefusedError("RECEIPT_OTHER_ANSWER", f"the receipt was written for an answer with another {name}")
     if sha256_hex(text.encode()) != receipt.answer:
         raise RefusedError("RECEIPT_OTHER_ANSWER", "the receipt belongs to another answer")
 

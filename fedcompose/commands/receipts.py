@@ -39,10 +39,10 @@ def verify(
 
     Example: fedcompose verify-receipt answer.json --key server.pub
     """
-    envelope, text = _open(read_limited(file, MAX_ANSWER_BYTES))
+    envelope, text, said = _open(read_limited(file, MAX_ANSWER_BYTES))
     receipt = verify_receipt(envelope, [read_limited(path, MAX_PUBLIC_KEY_BYTES) for path in key])
     if text is not None:
-        check_answer(receipt, text)
+        check_answer(receipt, text, said)
     if answer is not None:
         check_answer(receipt, read_limited(answer, MAX_ANSWER_BYTES).decode("utf-8", "replace"))
     if release is not None:
@@ -53,11 +53,11 @@ def verify(
         out.print(_words(receipt, answer is not None or text is not None, release is not None), markup=False)
 
 
-def _open(data: bytes) -> tuple[bytes, str | None]:
-    """The envelope in a file; and, where the file is a server's answer, the text that it came with."""
+def _open(data: bytes) -> tuple[bytes, str | None, dict[str, object]]:
+    """The envelope in a file; and, where the file is a server's answer, its text, and its id and model."""
     document = parse_json(data, "the receipt", MAX_ANSWER_BYTES)
     if not isinstance(document, dict) or "choices" not in document:
-        return data, None
+        return data, None, {}
     choices = document["choices"]
     if not (isinstance(choices, list) and len(choices) == 1 and isinstance(choices[0], dict)):
         raise RefusedError("RECEIPT_INVALID", "the file holds several answers, or none", fix="take out one receipt")
@@ -69,7 +69,7 @@ def _open(data: bytes) -> tuple[bytes, str | None]:
     envelope = dump_json(choice["receipt"])
     if len(envelope) > 2 * MAX_RECEIPT_BYTES:
         raise RefusedError("RECEIPT_INVALID", "the receipt is larger than any honest one")
-    return envelope, text
+    return envelope, text, {name: document.get(name) for name in ("id", "model")}
 
 
 def _words(receipt: Receipt, answer: bool, release: bool) -> str:

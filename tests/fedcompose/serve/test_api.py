@@ -231,6 +231,8 @@ def test_a_forged_receipt_or_another_answer_is_refused(
         (forged, key[1], "ENVELOPE_INVALID"),
         (receipt, tmp_path / "stranger" / "server.pub", "ENVELOPE_KEY"),
         (other, key[1], "RECEIPT_OTHER_ANSWER"),
+        ({**answer, "id": "chatcmpl-other"}, key[1], "RECEIPT_OTHER_ANSWER"),  # the same words, said elsewhere
+        ({**answer, "model": "base"}, key[1], "RECEIPT_OTHER_ANSWER"),
         ({**answer, "choices": []}, key[1], "RECEIPT_INVALID"),
     ]
     assert stranger.keyid != key[0].keyid
