@@ -43,8 +43,9 @@ demo: install  ## three sites, one coordinator, a signed release, on this machin
 test: install interop  ## all tests that are not slow (about nine minutes)
 	FEDCOMPOSE_INTEROP_PYTHON=$(CURDIR)/$(INTEROP)/bin/python $(BIN)/python -m pytest $(TESTS)
 
-federation: install  ## a first day and hostile parties, with real SuperLinks and SuperNodes (about ten minutes)
-	$(BIN)/python -m pytest -m slow tests/flow/test_three_organisations.py tests/flow/test_superlink.py tests/hostile
+federation: install  ## a first day, hostile parties, an air gap, canaries, killed work: real processes (about ten minutes)
+	$(BIN)/python -m pytest -m slow tests/flow/test_three_organisations.py tests/flow/test_superlink.py tests/hostile \
+	  tests/flow/test_air_gap.py tests/flow/test_canaries.py tests/client/test_worker.py
 
 faults: install  ## kill every process and cut every line of a federation once (about half an hour)
 	$(BIN)/python -m pytest -m slow tests/flow/test_faults.py
