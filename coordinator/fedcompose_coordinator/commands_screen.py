@@ -55,7 +55,7 @@ def screen(home: Home = Path(), as_json: AsJson = False) -> None:
     if opened.domains and experts:
         findings += _triggers(opened, experts)
         looked.append("triggers")
-    evaluation = _evaluation(opened)
+    evaluation = _evaluation(opened, experts)
     if evaluation:
         findings += [*by_routing(evaluation), *_absence(opened)]
         looked += ["routing", "absence"]
@@ -68,12 +68,15 @@ def screen(home: Home = Path(), as_json: AsJson = False) -> None:
     _print(findings, numbers, looked, home)
 
 
-def _evaluation(opened: Opened) -> dict[str, Any] | None:
-    """What was measured of the candidate, if that was this candidate."""
+def _evaluation(opened: Opened, experts: Sequence[VerifiedContribution]) -> dict[str, Any] | None:
+    """What was measured of the candidate, if that was this candidate, and it is made of these experts."""
     from fedcompose_coordinator.evaluation import make_parts
 
     path, candidate = opened.home / EVALUATION_FILE, opened.home / CANDIDATE
     if not path.is_file() or not (candidate / COMPOSITION_FILE).is_file():
+        return None
+    composed = {row["dirHash"] for row in read_json(candidate / COMPOSITION_FILE)["experts"]}
+    if composed != {each.dir_hash for each in experts}:
         return None
     evaluation: dict[str, Any] = read_json(path)
     digest = make_parts(candidate, opened.domains).composed(candidate).digest

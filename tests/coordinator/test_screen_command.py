@@ -103,6 +103,10 @@ def test_with_domains_and_an_evaluated_candidate_all_four_checks_are_made(sim: F
     run(sim, "screen")
     assert found_in(sim)["checks"] == ["weights", "triggers", "routing", "absence"]
     assert {path.name for path in (sim.coordinator_home / "without").iterdir()} == {"site-a", "site-b"}
+    sim.contribute("site-a")
+    sim.receive(sim.sites["site-a"].outbox)
+    run(sim, "screen")  # the candidate is made of older experts
+    assert found_in(sim)["checks"] == ["weights", "triggers"]
     run(sim, "compose", "--seed", "1")
     run(sim, "screen")  # what was measured was measured on another candidate
     assert found_in(sim)["checks"] == ["weights", "triggers"]
