@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from fedcompose.adapter import WEIGHTS_FILE
 from fedcompose.files import dir_hash, read_json, sha256_file
-from fedcompose.provenance import AuditNumbers, AuditStatement, DpStatement, SiteLimits, check_limits
+from fedcompose.provenance import AuditNumbers, AuditStatement, DpStatement, SiteLimits, Uncounted, check_limits
 from fedcompose.traces import TRACES_FILE
 from fedcompose_client.config import Privacy
 from fedcompose_client.own_rows import SETTINGS_FILE
@@ -25,12 +25,19 @@ def privacy_claims(run: Path, privacy: Privacy) -> dict[str, Any]:
     dp = dp_statement(run)
     audit = audit_statement(run, privacy.audit_numbers and dp is None)
     if dp is not None:
-        looked = {"audit": audit is not None, "trace-selection": (run / TRACES_FILE).exists()}
-        dp = DpStatement(**(dict(dp) | {"uncounted": (*dp.uncounted, *(name for name, did in looked.items() if did))}))
+        dp = dp.model_copy(update={"uncounted": (*dp.uncounted, *_looked_too(run, audit))})
     asked = privacy.require_audit != "none" or privacy.max_epsilon is not None
     limits = SiteLimits(require_audit=privacy.require_audit, max_epsilon=privacy.max_epsilon) if asked else None
     check_limits(dp, audit, limits)
     return {"dp": dp, "audit": audit, "limits": limits}
+
+
+def _looked_too(run: Path, audit: AuditStatement | None) -> Iterator[Uncounted]:
+    """What has looked at the data besides training."""
+    if audit is not None:
+        yield "audit"
+    if (run / TRACES_FILE).exists():
+        yield "trace-selection"
 
 
 def dp_statement(run: Path) -> DpStatement | None:
